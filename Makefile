@@ -1,0 +1,35 @@
+# Everything on a fresh machine: each target makes its own virtual environment first.
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: demo test test-all lint bench clean setup
+
+demo: .venv/ready
+	$(BIN)/python cli.py run
+
+test: .venv/ready
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: .venv/ready
+	$(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: .venv/ready
+	$(BIN)/python bench/train.py
+
+clean:
+	rm -rf build reports dist .work mlruns .dvc/tmp .dvc/cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+setup: .venv/ready
+
+# The constraints pin every version; with no GPU, put a CPU build of torch into .venv first to save the CUDA packages.
+.venv/ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@

@@ -1,0 +1,1 @@
+"""The reprolora library. `docs/architecture.md` says which file holds what."""

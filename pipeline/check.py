@@ -1,0 +1,121 @@
+"""Looking before running: settings, environment, models, pictures; and pinning the models."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+
+from pipeline.config import load_params
+from pipeline.dataset.sidecar import scan
+from pipeline.edit import set_values
+from pipeline.errors import UserError
+from pipeline.model_source import ModelSource, pin_of, resolve
+from pipeline.progress import say
+from pipeline.workspace import Workspace
+
+_PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "dvc", "mlflow", "safetensors")
+
+
+def check_all(workspace: Workspace) -> bool:
+    """Print one line per check, the fault where there is one; returns whether all passed."""
+    params = load_params(workspace.params)
+    clip = params.validate_.clip_model
+    checks: list[tuple[str, Callable[[], str]]] = [
+        ("params.yaml", lambda: "every key and value is allowed"),
+        ("project", lambda: _project(workspace)),
+        ("packages", _packages),
+        ("device", lambda: _device(params.runtime.device)),
+        ("disk", lambda: _disk(workspace)),
+        ("pictures", lambda: _pictures(workspace, params.dataset.path, params.dataset.caption_extension)),
+        (
+            "base",
+            lambda: _model(workspace, ModelSource(params.model.base, params.model.revision, params.model.variant), "model"),
+        ),
+    ]
+    if clip:
+        source = ModelSource(clip, params.validate_.clip_revision)
+        checks.append(("CLIP", lambda: _model(workspace, source, "validate.clip_model")))
+    fine = True
+    for title, look in checks:
+        try:
+            say(f"  ok     {title:<12} {look()}")
+        except UserError as error:
+            fine = False
+            say(f"  FAULT  {title:<12} {error}")
+    return fine
+
+
+def pin_models(workspace: Workspace) -> list[str]:
+    """Write the present revisions of the base and CLIP models into `params.yaml`; returns what changed."""
+    params = load_params(workspace.params)
+    wanted = [f"model.revision={_revision(workspace, params.model.base, 'model.base')}"]
+    if params.validate_.clip_model:
+        revision = _revision(workspace, params.validate_.clip_model, "validate.clip_model")
+        wanted.append(f"validate.clip_revision={revision}")
+    return set_values(workspace, wanted)
+
+
+def _revision(workspace: Workspace, base: str, key: str) -> str:
+    folder = workspace.root / base
+    if folder.is_dir():
+        found = pin_of(folder)
+        resolve(ModelSource(base, found), workspace.root, key)  # refuses what is no model
+        return found
+    from huggingface_hub import HfApi
+
+    try:
+        return str(HfApi().model_info(base).sha)
+    except Exception as error:
+        raise UserError(f"{key}: the Hub does not tell the commit of {base}: {str(error).splitlines()[0]}") from None
+
+
+def _project(workspace: Workspace) -> str:
+    if not (workspace.root / ".dvc").is_dir():
+        raise UserError("this folder is no DVC project: `dvc init` makes it one")
+    return "git and DVC are set up" if (workspace.root / ".git").exists() else "DVC is set up"
+
+
+def _packages() -> str:
+    missing = []
+    for name in _PACKAGES:
+        try:
+            version(name)
+        except PackageNotFoundError:
+            missing.append(name)
+    if missing:
+        raise UserError(f"not installed: {', '.join(missing)}: run `make setup`")
+    return f"Python {sys.version.split()[0]}, " + ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
+
+
+def _device(wanted: str) -> str:
+    import torch
+
+    from pipeline.device import pick_device
+
+    device = pick_device(wanted)
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return f"{torch.cuda.get_device_name(device)}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+    return f"{device}, {os.cpu_count()} cores"
+
+
+def _disk(workspace: Workspace) -> str:
+    free = shutil.disk_usage(workspace.home).free / 2**30
+    if free < 1:
+        raise UserError(f"only {free:.2f} GiB free: caches and checkpoints need at least 1 GiB")
+    return f"{free:.1f} GiB free"
+
+
+def _pictures(workspace: Workspace, path: str, extension: str) -> str:
+    found, rejects = scan(workspace.root / path, extension)
+    told = f"{len(found)} pictures with captions in {path}"
+    return told + (f", {len(rejects)} files cannot be used: {rejects[0].path} {rejects[0].reason}" if rejects else "")
+
+
+def _model(workspace: Workspace, source: ModelSource, key: str) -> str:
+    model = resolve(source, workspace.root, key)
+    size = sum(p.stat().st_size for p in model.path.rglob("*.safetensors")) / 2**20
+    return f"{source.base}, {size:.0f} MiB of weights, {'as pinned' if source.revision else 'not pinned'}"

@@ -1,0 +1,159 @@
+"""Driving DVC: reproduce, and say which stages would run and why."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from pipeline.errors import UserError
+from pipeline.stage import Declaration, declared, value_changes
+from pipeline.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """Whether a stage would run. No reason: it is up to date."""
+
+    name: str
+    reasons: tuple[str, ...]
+    last_seconds: float | None  # how long its last complete execution here took
+
+
+@dataclass(frozen=True)
+class StageOutcome:
+    """What became of a stage in one `run`."""
+
+    name: str
+    what: str  # ran, restored, up to date, interrupted, failed, not reached
+    seconds: float | None
+
+
+def reproduce(workspace: Workspace, stage: str | None, force: bool) -> tuple[int, list[StageOutcome]]:
+    """`dvc repro`, with its output passed through; returns its exit code and what became of each stage."""
+    run = uuid.uuid4().hex[:12]
+    environment = {**_environment(), "REPROLORA_RUN": run} | ({"REPROLORA_FORCE": "1"} if force else {})
+    before, complete = _locked(workspace), {n: _outs_exist(workspace, d) for n, d in declarations(workspace).items()}
+    command = [sys.executable, "-m", "dvc", "repro", "--quiet", *(["--force"] if force else []), *([stage] if stage else [])]
+    process = subprocess.Popen(command, cwd=workspace.root, env=environment, preexec_fn=_die_with_parent)
+    interrupted = False
+    while True:
+        try:
+            code = process.wait()
+            break
+        except KeyboardInterrupt:  # the whole group got it: DVC and the stage save and leave, we wait for them
+            interrupted = True
+    executed = {e["stage"]: e for e in journal(workspace) if e["run"] == run}
+    after = _locked(workspace)
+    outcomes, broken = [], False
+    for name in declarations(workspace):
+        entry = executed.get(name)
+        if entry:
+            what = {"done": "ran"}.get(entry["outcome"], entry["outcome"])
+            broken = what != "ran"
+            outcomes.append(StageOutcome(name, what, entry["seconds"]))
+        elif broken or (code and after.get(name) is None):
+            outcomes.append(StageOutcome(name, "not reached", None))
+        elif before.get(name) != after.get(name) or not complete[name]:
+            outcomes.append(StageOutcome(name, "restored", None))
+        else:
+            outcomes.append(StageOutcome(name, "up to date", None))
+    return (130 if interrupted and code == 0 else code), outcomes
+
+
+def status(workspace: Workspace) -> list[StageStatus]:
+    """Ask DVC which stages changed, and say why in words.
+
+    Raises:
+        UserError: DVC cannot tell.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", "status", "--json"],
+        cwd=workspace.root,
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    try:
+        changed: dict[str, list[Any]] = json.loads(done.stdout)
+    except json.JSONDecodeError:
+        raise UserError(f"dvc status failed: {(done.stderr or done.stdout).strip()}") from None
+    lasting = {e["stage"]: e["seconds"] for e in journal(workspace) if e["outcome"] == "done"}
+    locked, current = _locked(workspace), _yaml(workspace.params)
+    statuses: list[StageStatus] = []
+    producer: dict[str, str] = {}
+    for name, declaration in declarations(workspace).items():
+        if name not in locked:
+            reasons = ["has never run"]
+        else:
+            reasons = _reasons(changed.get(name, []), locked[name], current)
+            stale = {producer[d] for d in declaration.deps if d in producer}
+            reasons += [f"after {s.name}" for s in statuses if s.name in stale and s.reasons]
+        producer |= dict.fromkeys(declaration.outs, name)
+        statuses.append(StageStatus(name, tuple(reasons), lasting.get(name)))
+    return statuses
+
+
+def declarations(workspace: Workspace) -> dict[str, Declaration]:
+    """The stages of `dvc.yaml` in its order."""
+    return {name: declared(workspace, name) for name in _yaml(workspace.dvc_yaml)["stages"]}
+
+
+def journal(workspace: Workspace) -> list[dict[str, Any]]:
+    """All stage executions here, oldest first."""
+    if not workspace.journal.is_file():
+        return []
+    return [json.loads(line) for line in workspace.journal.read_text(encoding="utf-8").splitlines()]
+
+
+def _reasons(changes: list[Any], locked: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    reasons: list[str] = []
+    for change in changes:
+        if isinstance(change, str):
+            reasons.append(change)
+            continue
+        for path, what in change.get("changed deps", {}).items():
+            if isinstance(what, dict):
+                old = locked.get("params", {}).get(path, {})
+                for section in what:
+                    lines = value_changes(old.get(section), current.get(section), section)
+                    reasons += lines or [f"{section} was not recorded before"]
+            else:
+                reasons.append(f"{path} {what}")
+        reasons += [f"{path} {what}" for path, what in change.get("changed outs", {}).items()]
+    return reasons
+
+
+def _locked(workspace: Workspace) -> dict[str, Any]:
+    stages: dict[str, Any] = _yaml(workspace.dvc_lock).get("stages", {}) if workspace.dvc_lock.is_file() else {}
+    return stages
+
+
+def _outs_exist(workspace: Workspace, declaration: Declaration) -> bool:
+    return all((workspace.root / out).exists() for out in declaration.outs)
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = YAML(typ="safe").load(path.read_text(encoding="utf-8")) or {}
+    return loaded
+
+
+def _environment() -> dict[str, str]:
+    """Ours, with this interpreter first on the path: `dvc.yaml` says `python`."""
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+
+
+def _die_with_parent() -> None:
+    """Linux: when `run` is killed, DVC is told to end, and its stage notices that."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG

@@ -1,0 +1,174 @@
+"""Encodings keyed by content: the keys, the store that outlives runs, and the shards that training reads.
+
+A *latent* entry holds `mean` and `std` of the normalised posterior, (C, h, w), and `geometry`, (6,) float32. A *text*
+entry holds the family's named embeddings. An entry's key is a hash of all that its values depend on, so a key that is
+present is valid, whatever its file is called and whenever it was written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pipeline.dataset.images import Geometry
+from pipeline.files import hash_json, write_json
+from pipeline.progress import say
+from pipeline.safetensors_file import write_safetensors
+
+SCHEMA = 1  # raise it when the meaning of stored values changes
+SHARD_BYTES = 256 * 2**20  # a shard's size aimed at; fewer, larger files cost DVC less
+
+Entry = dict[str, Tensor]
+
+
+def latent_key(pixels: str, geometry: Geometry, flipped: bool, vae: str, dtype: str) -> str:
+    """Identity of one encoded picture. `pixels`: hash of the decoded picture; `vae`: the encoder's fingerprint."""
+    return hash_json(["latents", SCHEMA, pixels, asdict(geometry), flipped, vae, dtype])[:32]
+
+
+def text_key(caption: str, encoders: str, dtype: str) -> str:
+    """Identity of one encoded caption. `encoders`: the fingerprint of text encoders and tokenizers, which states their
+    length limit too."""
+    return hash_json(["text", SCHEMA, caption, encoders, dtype])[:32]
+
+
+class ContentStore:
+    """A folder of segments, each a safetensors file of some entries, added whole or not at all.
+
+    A segment is named by the keys it holds, so two processes that write the same entries write the same file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._segment_of: dict[str, Path] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        for segment in sorted(folder.glob("*.safetensors")):
+            try:
+                with safe_open(segment, framework="pt") as file:
+                    names = list(file.keys())
+            except (SafetensorError, OSError):
+                say(f"  {segment.name} in the content store is damaged: its entries are encoded again")
+                segment.unlink(missing_ok=True)
+            else:
+                self._segment_of.update((name.split(".")[0], segment) for name in names)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._segment_of
+
+    def add(self, entries: dict[str, Entry]) -> None:
+        """Keep the entries; they are on disk when this returns."""
+        if entries:
+            segment = self.folder / f"{hash_json(sorted(entries))[:24]}.safetensors"
+            write_safetensors(segment, _flat(entries))
+            self._segment_of.update((key, segment) for key in entries)
+
+    def read(self, keys: Iterable[str]) -> dict[str, Entry]:
+        """The entries of these keys, which must be present."""
+        by_segment = defaultdict(list)
+        for key in keys:
+            by_segment[self._segment_of[key]].append(key)
+        entries: dict[str, Entry] = {}
+        for segment, wanted in by_segment.items():
+            entries.update(_read_entries(segment, wanted))
+        return entries
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """What training knows of a picture."""
+
+    id: str
+    caption: str
+    split: str
+    size: tuple[int, int]  # width, height in pixels: only pictures of one size share a batch
+    latents: tuple[str, ...]  # keys: as it is, and mirrored if `encode.flip`
+    text: str  # key
+
+
+@dataclass(frozen=True)
+class Index:
+    """Table of contents of `build/encoded/`."""
+
+    family: str
+    dtype: str
+    empty_text: str  # key of the empty caption
+    samples: tuple[EncodedSample, ...]  # sorted by id: renaming a picture changes nothing
+
+
+def write_encoded(out: Path, index: Index, store: ContentStore) -> None:
+    """Write `index.json` and the shards. An entry's shard is settled by its key alone, so a new picture rewrites one."""
+    latents = sorted({key for s in index.samples for key in s.latents})
+    texts = sorted({s.text for s in index.samples} | {index.empty_text})
+    for kind, keys in (("latents", latents), ("text", texts)):
+        probe = store.read(keys[:1])[keys[0]]
+        total = len(keys) * sum(t.numel() * t.element_size() for t in probe.values())
+        shards: dict[int, list[str]] = defaultdict(list)
+        count = _shard_count(total)
+        for key in keys:
+            shards[int(key[:8], 16) % count].append(key)
+        for number, members in shards.items():
+            write_safetensors(out / f"{kind}-{number:03d}.safetensors", _flat(store.read(members)))
+    write_json(out / "index.json", asdict(index))
+
+
+class Encodings:
+    """Reader of `build/encoded/`."""
+
+    def __init__(self, folder: Path) -> None:
+        fields = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        samples = tuple(
+            EncodedSample(**{**s, "size": tuple(s["size"]), "latents": tuple(s["latents"])}) for s in fields.pop("samples")
+        )
+        self.index = Index(samples=samples, **fields)
+        self._files = {}
+        self._file_of: dict[str, str] = {}
+        self._parts: dict[str, list[str]] = defaultdict(list)
+        for shard in sorted(folder.glob("*.safetensors")):
+            # kept open: a batch is read through the page cache without opening anything
+            self._files[shard.name] = safe_open(shard, framework="pt").__enter__()  # type: ignore[no-untyped-call]
+            for name in self._files[shard.name].keys():
+                key, _, part = name.partition(".")
+                self._file_of[key] = shard.name
+                self._parts[key].append(part)
+
+    def samples(self, split: str) -> list[EncodedSample]:
+        """The samples of one side of the split, sorted by id."""
+        return [s for s in self.index.samples if s.split == split]
+
+    def read(self, key: str) -> Entry:
+        """One entry."""
+        file = self._files[self._file_of[key]]
+        return {part: file.get_tensor(f"{key}.{part}") for part in self._parts[key]}
+
+    def read_many(self, keys: Sequence[str]) -> list[Entry]:
+        """Entries in the order of `keys`."""
+        return [self.read(key) for key in keys]
+
+
+def _shard_count(total_bytes: int) -> int:
+    """The power of two that keeps shards at or under `SHARD_BYTES` on average."""
+    count = 1
+    while total_bytes / count > SHARD_BYTES:
+        count *= 2
+    return count
+
+
+def _flat(entries: dict[str, Entry]) -> dict[str, Tensor]:
+    return {f"{key}.{part}": tensor for key, entry in entries.items() for part, tensor in entry.items()}
+
+
+def _read_entries(path: Path, keys: Sequence[str]) -> dict[str, Entry]:
+    wanted = set(keys)
+    entries: dict[str, Entry] = {key: {} for key in keys}
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():
+            key, _, part = name.partition(".")
+            if key in wanted:
+                entries[key][part] = file.get_tensor(name)
+    return entries

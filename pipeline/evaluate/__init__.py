@@ -1,0 +1,1 @@
+"""Judging an adapter: samples, losses, scores, the gate."""

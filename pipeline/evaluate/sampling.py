@@ -1,0 +1,123 @@
+"""Pictures from fixed prompts and seeds, with and without the adapter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from pipeline.files import hash_json
+from pipeline.progress import Bar
+
+_SCHEDULERS = {
+    "ddim": ("diffusers.schedulers.scheduling_ddim", "DDIMScheduler"),
+    "euler": ("diffusers.schedulers.scheduling_euler_discrete", "EulerDiscreteScheduler"),
+    "dpm++": ("diffusers.schedulers.scheduling_dpmsolver_multistep", "DPMSolverMultistepScheduler"),
+}
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a picture is drawn; part of each picture's metadata."""
+
+    scheduler: str
+    steps: int
+    guidance_scale: float
+    negative_prompt: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One picture to draw. `scale` weighs the adapter; 0 is the base alone."""
+
+    prompt: str
+    seed: int
+    scale: float
+
+    @property
+    def file_name(self) -> str:
+        words = "-".join("".join(c if c.isalnum() else " " for c in self.prompt).split())[:60]
+        return f"{hash_json(self.prompt)[:6]}-{words}-seed{self.seed}-scale{self.scale:g}.png"
+
+
+def use_scheduler(pipeline: Any, name: str) -> None:
+    """Swap a diffusers pipeline's scheduler, keeping its noise schedule."""
+    from importlib import import_module
+
+    module, kind = _SCHEDULERS[name]
+    pipeline.scheduler = getattr(import_module(module), kind).from_config(pipeline.scheduler.config)
+
+
+def draw_shots(
+    pipeline: Any,
+    shots: Sequence[Shot],
+    sampler: Sampler,
+    batch_size: int,
+    folder: Path,
+    check_stop: Callable[[], None],
+    bar: Bar,
+) -> None:
+    """Draw the shots into `folder`, each with its parameters in the PNG's metadata. Batches that are there already are
+    passed over; a batch always holds the same shots, so that a resumed run gives the same bytes.
+
+    Args:
+        pipeline: a diffusers pipeline with its scheduler set and the adapter's scale applied.
+    """
+    pipeline.set_progress_bar_config(disable=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for batch in _chunks(shots, batch_size):
+        if not all((folder / shot.file_name).is_file() for shot in batch):
+            check_stop()
+            for shot, image in zip(batch, _draw(pipeline, batch, sampler), strict=True):
+                path = folder / shot.file_name
+                partial = path.with_suffix(".partial")
+                image.save(partial, "PNG", pnginfo=_metadata(shot, sampler))
+                partial.replace(path)
+        bar.advance(len(batch))
+
+
+def _draw(pipeline: Any, shots: Sequence[Shot], sampler: Sampler) -> list[Image.Image]:
+    # the noise comes from the CPU: the same on every device
+    generators = [torch.Generator("cpu").manual_seed(shot.seed) for shot in shots]
+    guided = sampler.guidance_scale > 1
+    images: list[Image.Image] = pipeline(
+        prompt=[shot.prompt for shot in shots],
+        negative_prompt=[sampler.negative_prompt] * len(shots) if guided else None,
+        num_inference_steps=sampler.steps,
+        guidance_scale=sampler.guidance_scale,
+        width=sampler.width,
+        height=sampler.height,
+        generator=generators,
+    ).images
+    return images
+
+
+def _metadata(shot: Shot, sampler: Sampler) -> PngInfo:
+    info = PngInfo()
+    info.add_itxt("parameters", json.dumps({**asdict(shot), **asdict(sampler)}, ensure_ascii=False, sort_keys=True))
+    return info
+
+
+def _chunks(shots: Sequence[Shot], size: int) -> Iterator[Sequence[Shot]]:
+    for i in range(0, len(shots), size):
+        yield shots[i : i + size]
+
+
+@torch.inference_mode()
+def decode_latents(pipeline: Any, latents: torch.Tensor) -> list[Image.Image]:
+    """Normalised latents (N, C, h, w) -> pictures, through the pipeline's own VAE."""
+    config = pipeline.vae.config
+    pictures: list[Image.Image] = []
+    for i in range(len(latents)):
+        latent = latents[i : i + 1].to(pipeline.device, pipeline.vae.dtype)
+        decoded = pipeline.vae.decode(latent / config.scaling_factor + (config.shift_factor or 0.0)).sample
+        pictures += pipeline.image_processor.postprocess(decoded, output_type="pil")
+    return pictures

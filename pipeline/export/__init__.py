@@ -1,0 +1,1 @@
+"""Files that leave the project: adapter formats, lineage, model card."""

@@ -1,0 +1,17 @@
+"""Model families by name. Adding one: a file here, a line below, a preset, a row in tests/test_families.py."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from pipeline.families.base import Family
+from pipeline.quiet import quiet_libraries
+
+_FILES = {"sd": "pipeline.families.sd", "sdxl": "pipeline.families.sdxl"}
+
+
+def family(name: str) -> Family:
+    """The family that `model.family` names; imported only when asked for."""
+    quiet_libraries()
+    found: Family = import_module(_FILES[name]).FAMILY
+    return found

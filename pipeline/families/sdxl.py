@@ -1,0 +1,84 @@
+"""Stable Diffusion XL: two text encoders with a pooled output, and the picture's geometry as a condition."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.diffusion import Objective
+from pipeline.families.base import Posterior
+from pipeline.families.parts import (
+    ClipEncoder,
+    count_tokens,
+    ddpm_of,
+    encode_with_vae,
+    load_clip,
+    load_unet,
+    load_vae,
+    tokenise,
+)
+from pipeline.model_source import LocalModel
+
+
+class StableDiffusionXL:
+    """See `pipeline.families.base.Family`. Podell et al. 2023 (arXiv 2307.01952), section 2.2, for the conditions."""
+
+    name = "sdxl"
+    stride = 8
+    vae_folders: tuple[str, ...] = ("vae",)
+    text_folders: tuple[str, ...] = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    denoiser_key = "unet"
+
+    def load_vae(self, model: LocalModel, device: torch.device) -> nn.Module:
+        return load_vae(model, device)
+
+    def encode_pixels(self, vae: nn.Module, pixels: Tensor) -> Posterior:
+        return encode_with_vae(vae, pixels)
+
+    def load_text_encoders(self, model: LocalModel, device: torch.device) -> tuple[ClipEncoder, ClipEncoder]:
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+        return (
+            load_clip(model, device, "tokenizer", "text_encoder", CLIPTextModel),
+            load_clip(model, device, "tokenizer_2", "text_encoder_2", CLIPTextModelWithProjection),
+        )
+
+    def encode_captions(self, encoders: tuple[ClipEncoder, ClipEncoder], captions: Sequence[str]) -> dict[str, Tensor]:
+        """The last hidden layer but one of both encoders, joined, and the second one's pooled projection."""
+        outputs = [clip.encoder(tokenise(clip, captions), output_hidden_states=True) for clip in encoders]
+        hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        return {"hidden": hidden, "pooled": outputs[1].text_embeds}
+
+    def token_counts(self, encoders: tuple[ClipEncoder, ClipEncoder], captions: Sequence[str]) -> tuple[list[int], int]:
+        return count_tokens(encoders[0], captions), encoders[0].tokenizer.model_max_length
+
+    def load_denoiser(self, model: LocalModel, dtype: torch.dtype) -> nn.Module:
+        return load_unet(model, dtype)
+
+    def objective(self, model: LocalModel) -> Objective:
+        return ddpm_of(model)
+
+    def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, text: dict[str, Tensor], geometry: Tensor) -> Tensor:
+        # geometry stays float32: bf16 rounds 1333 to 1336
+        conditions = {"text_embeds": text["pooled"], "time_ids": geometry}
+        predicted: Tensor = denoiser(x_t, t, encoder_hidden_states=text["hidden"], added_cond_kwargs=conditions).sample
+        return predicted
+
+    def load_pipeline(self, model: LocalModel, device: torch.device, dtype: torch.dtype) -> Any:
+        from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
+
+        pipeline = StableDiffusionXLPipeline.from_pretrained(
+            model.path,
+            variant=model.variant,
+            dtype=dtype,
+            use_safetensors=True,
+            add_watermarker=False,
+            local_files_only=True,
+        )
+        return pipeline.to(device)
+
+
+FAMILY = StableDiffusionXL()

@@ -1,0 +1,147 @@
+"""A base model on disk: fetched from the Hub where needed, pinned, fingerprinted. Imports no torch.
+
+Only `safetensors` weights are taken; a folder or repository that offers pickles alone is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import UserError
+from pipeline.files import files_under, hash_file, hash_json
+from pipeline.progress import say
+
+_CONTENT = (".json", ".txt", ".model", ".safetensors")  # configs, vocabularies, sentencepiece models, weights
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Which model: a local folder or a Hub id, its pin, and the weights' variant (`fp16`) if any."""
+
+    base: str
+    revision: str | None = None
+    variant: str | None = None
+
+    def is_local(self, root: Path) -> bool:
+        return (root / self.base).is_dir()
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """A model that lies on disk, in the diffusers or transformers layout."""
+
+    path: Path
+    variant: str | None
+    commit: str | None  # the Hub commit, where it came from the Hub
+
+    def fingerprint(self, *components: str) -> str:
+        """Identity of the named sub-folders, or of everything: the Hub commit, or sha256 of the files that matter."""
+        if self.commit:
+            return hash_json([self.commit, self.variant, sorted(components)])
+        roots = [self.path / c for c in components] if components else [self.path]
+        return hash_json({p.relative_to(self.path).as_posix(): hash_file(p) for root in roots for p in _content_files(root)})
+
+
+def pin_of(folder: Path) -> str:
+    """The `sha256:…` pin of a local model folder: over the names and bytes of configs, vocabularies and weights."""
+    return "sha256:" + hash_json({p.relative_to(folder).as_posix(): hash_file(p) for p in _content_files(folder)})
+
+
+def resolve(source: ModelSource, root: Path, key: str = "model.base") -> LocalModel:
+    """Bring the model to disk and check its pin.
+
+    Args:
+        source: what `params.yaml` names.
+        root: folder that a relative `base` starts from.
+        key: the setting's name, for messages.
+
+    Raises:
+        UserError: no such model, no safetensors, the content differs from the pin, or no pin although `REPROLORA_STRICT` is
+            set, as in CI.
+    """
+    if not source.revision:
+        text = f"{key}: {source.base} is not pinned and may change unnoticed; `python cli.py pin` fills it in"
+        if os.environ.get("REPROLORA_STRICT", "") not in ("", "0"):
+            raise UserError(text)
+        say(f"  note: {text}")
+    if source.is_local(root):
+        return _resolve_local(source, root, key)
+    if (root / source.base).exists():
+        raise UserError(f"{key}: {source.base} is a file; a folder in the diffusers layout is needed")
+    if not _HUB_ID.match(source.base):
+        raise UserError(
+            f"{key}: {source.base!r} is no folder here and no Hub id of the form owner/name: "
+            "give a folder in the diffusers layout or a Hub id"
+        )
+    return _resolve_hub(source, key)
+
+
+def _resolve_local(source: ModelSource, root: Path, key: str) -> LocalModel:
+    folder = root / source.base
+    if not (folder / "model_index.json").is_file() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{key}: {source.base} is no model: neither model_index.json (diffusers) nor config.json (transformers) is in it"
+        )
+    _refuse_pickles(list(folder.rglob("*")), source.base, key)
+    if source.revision and source.revision.startswith("sha256:"):
+        found = pin_of(folder)
+        if found != source.revision:
+            raise UserError(
+                f"{key}: the files of {source.base} are not the pinned ones: pinned {source.revision[:19]}…, "
+                f"found {found[:19]}…. Restore the files, or accept them with `python cli.py pin`"
+            )
+    elif source.revision:
+        raise UserError(
+            f"{key}: {source.revision[:12]}… is a Hub commit, but {source.base} is a local folder: "
+            "`python cli.py pin` fills in its sha256"
+        )
+    return LocalModel(folder, source.variant, commit=None)
+
+
+def _resolve_hub(source: ModelSource, key: str) -> LocalModel:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    if source.revision and source.revision.startswith("sha256:"):
+        raise UserError(
+            f"{key}: a sha256 pin belongs to a local folder, but {source.base} is on the Hub: "
+            "`python cli.py pin` fills in its commit"
+        )
+    weights = f"*.{source.variant}.safetensors" if source.variant else "*.safetensors"
+    try:
+        path = snapshot_download(
+            source.base,
+            revision=source.revision,
+            allow_patterns=["*.json", "*.txt", "*.model", f"*/{weights}", weights],
+        )
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"{key}: the Hub has no model {source.base}, or it is gated: check the name, or log in with `hf auth login`"
+        ) from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"{key}: {source.base} is neither a folder here nor in the local Hub cache, and the Hub cannot be reached: "
+            f"{str(error).splitlines()[0]}"
+        ) from None
+    folder = Path(path)
+    if not any(folder.rglob("*.safetensors")):
+        offered = HfApi().list_repo_files(source.base, revision=source.revision)
+        _refuse_pickles([folder / name for name in offered], source.base, key)
+        raise UserError(f"{key}: {source.base} holds no weights named {weights}: check model.variant")
+    return LocalModel(folder, source.variant, commit=folder.name)
+
+
+def _refuse_pickles(paths: list[Path], base: str, key: str) -> None:
+    if not any(p.suffix == ".safetensors" for p in paths):
+        pickles = [p.name for p in paths if p.suffix in _PICKLES]
+        what = f"only {pickles[0]}, a pickle, which can run code when loaded" if pickles else "no weights"
+        raise UserError(f"{key}: {base} has {what}: a model with .safetensors files is needed")
+
+
+def _content_files(folder: Path) -> list[Path]:
+    return [p for p in files_under(folder) if p.suffix in _CONTENT]

@@ -1,0 +1,342 @@
+"""What every stage runs in: snapshot guard, fingerprinted work directory, lock, signals, journal.
+
+DVC deletes a stage's outs before it runs the stage, reads the parameters a second time after it, and leaves the stage
+behind when it is killed itself. Hence: work lives in `.work/<stage>/<fingerprint>/`; outs are built there and moved into
+place only when parameters, dependencies, model and code are still what they were at the start; a stage whose parent dies
+saves its work and leaves.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from pipeline.config import Params, load_params
+from pipeline.errors import AlreadyRunning, Interrupted, UserError
+from pipeline.files import hash_json, hash_tree
+from pipeline.model_source import ModelSource, pin_of
+from pipeline.progress import say
+from pipeline.workspace import Workspace
+
+_SHELLS = {"sh", "bash", "dash", "zsh", "fish", "ksh"}
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What `dvc.yaml` says of a stage."""
+
+    deps: tuple[str, ...]
+    params: tuple[str, ...]
+    outs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that a stage's result depends on, as it was at one moment."""
+
+    params: dict[str, Any]
+    deps: dict[str, dict[str, str]]
+    base: dict[str, str]  # pins of local base models: DVC does not see those folders
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the work directory, so that a checkpoint is never resumed under other settings."""
+        return hash_json([self.params, self.deps, self.base])[:16]
+
+
+@dataclass
+class StopRequest:
+    """Set by SIGTERM, Ctrl-C or the parent's death; long work asks it between two items."""
+
+    reason: str = ""
+    _event: threading.Event = field(default_factory=threading.Event)
+
+    def __call__(self) -> bool:
+        return self._event.is_set()
+
+    def set(self, reason: str) -> None:
+        if not self._event.is_set():
+            self.reason = reason
+            self._event.set()
+
+    def check(self, saved: str = "") -> None:
+        """Raise `Interrupted` if asked to stop; `saved` says what the next run goes on from."""
+        if self():
+            raise Interrupted(f"{self.reason}; {saved or 'what is finished is kept'}: run again to go on")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage's code is given."""
+
+    name: str
+    params: Params
+    workspace: Workspace
+    work: Path
+    fingerprint: str
+    stop: StopRequest
+
+    def source(self) -> ModelSource:
+        model = self.params.model
+        return ModelSource(model.base, model.revision, model.variant)
+
+    def out(self, path: Path) -> Path:
+        """An empty folder that becomes the out `path` when the stage ends well."""
+        staged = self.work / "outs" / path
+        staged.mkdir(parents=True, exist_ok=True)
+        return staged
+
+
+def run_stage(name: str, body: Callable[[Stage], None], after: Callable[[Stage], None] | None = None) -> None:
+    """Run one stage's body in the harness; `after` follows when its outs are in place.
+
+    Raises:
+        UserError: bad input, or parameters or dependencies were edited meanwhile; nothing is recorded or lost.
+        AlreadyRunning: another process holds the work directory.
+        Interrupted: asked to stop; the work directory holds all that is done.
+    """
+    workspace = Workspace.here()
+    say(f"{name}: reading its inputs")
+    stop = StopRequest()
+    with _signals_to(stop), _journal(workspace, name) as entry:
+        declaration = declared(workspace, name)
+        params = load_params(workspace.params)
+        before = snapshot(workspace, declaration, params)
+        entry["fingerprint"] = before.fingerprint
+        work = workspace.work / name / before.fingerprint
+        work.mkdir(parents=True, exist_ok=True)
+        with _lock(work, name), _disk_full_is_the_users(work):
+            if os.environ.get("REPROLORA_FORCE") == "1":
+                _empty(work)
+            shutil.rmtree(work / "outs", ignore_errors=True)
+            stage = Stage(name, params, workspace, work, before.fingerprint, stop)
+            body(stage)
+            _refuse_edits(workspace, declaration, before, name)
+            _publish(stage, declaration)
+            if after:
+                after(stage)
+
+
+def declared(workspace: Workspace, name: str) -> Declaration:
+    """The stage's entry in `dvc.yaml`, with `${section.key}` filled in from `params.yaml`."""
+    document = YAML(typ="safe").load(workspace.dvc_yaml.read_text(encoding="utf-8"))
+    values = YAML(typ="safe").load(workspace.params.read_text(encoding="utf-8")) or {}
+    entry = document["stages"][name]
+
+    def fill(text: str) -> str:
+        while "${" in text:
+            head, _, rest = text.partition("${")
+            key, _, tail = rest.partition("}")
+            value: Any = values
+            for part in key.split("."):
+                value = value.get(part, "") if isinstance(value, dict) else ""
+            text = f"{head}{value}{tail}"
+        return text
+
+    def paths(items: list[Any]) -> tuple[str, ...]:
+        return tuple(fill(item if isinstance(item, str) else next(iter(item))) for item in items)
+
+    outs = [*entry.get("outs", []), *entry.get("metrics", []), *entry.get("plots", [])]
+    return Declaration(paths(entry["deps"]), tuple(entry["params"]), paths(outs))
+
+
+def snapshot(workspace: Workspace, declaration: Declaration, params: Params) -> Snapshot:
+    """Hash everything the stage depends on.
+
+    Raises:
+        UserError: a dependency is missing.
+    """
+    deps = {}
+    for dep in declaration.deps:
+        path = workspace.root / dep
+        if not path.exists():
+            hint = "set dataset.path" if dep == params.dataset.path else "run the stages before it: `python cli.py run`"
+            raise UserError(f"{dep} is missing: {hint}")
+        deps[dep] = hash_tree(path)
+    base = {}
+    folders = {"model": params.model.base, "validate": params.validate_.clip_model}
+    for section, folder in folders.items():
+        if section in declaration.params and folder and (workspace.root / folder).is_dir():
+            base[section] = pin_of(workspace.root / folder)
+    return Snapshot({s: params.section(s) for s in declaration.params}, deps, base)
+
+
+def differences(before: Snapshot, after: Snapshot) -> list[str]:
+    """What changed, one line each: `train.learning_rate 0.0001 → 0.0002`, `build/encoded`, …"""
+    lines = value_changes(before.params, after.params)
+    for dep, files in before.deps.items():
+        changed = sorted(name for name in files.keys() | after.deps[dep].keys() if files.get(name) != after.deps[dep].get(name))
+        if changed:
+            lines.append(dep if changed == ["."] else f"{dep}: {', '.join(changed[:3])}{' …' if len(changed) > 3 else ''}")
+    lines += [f"the files of {section}'s model" for section in before.base if before.base[section] != after.base.get(section)]
+    return lines
+
+
+def value_changes(before: Any, after: Any, prefix: str = "") -> list[str]:
+    """`key old → new` for every leaf that differs between two nested mappings."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = [*before, *(k for k in after if k not in before)]
+        return [
+            line
+            for key in keys
+            for line in value_changes(before.get(key), after.get(key), f"{prefix}.{key}" if prefix else str(key))
+        ]
+    return [] if before == after else [f"{prefix} {_short(before)} → {_short(after)}"]
+
+
+def _short(value: Any) -> str:
+    text = "(unset)" if value is None else str(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _refuse_edits(workspace: Workspace, declaration: Declaration, before: Snapshot, name: str) -> None:
+    try:
+        after = snapshot(workspace, declared(workspace, name), load_params(workspace.params))
+        changed = differences(before, after) if after.deps.keys() == before.deps.keys() else ["dataset.path"]
+    except UserError as error:
+        changed = [str(error)]
+    if changed:
+        listed = "\n".join(f"  {line}" for line in changed)
+        raise UserError(
+            f"{name}: its inputs were edited while it ran:\n{listed}\n"
+            "Nothing was recorded, and nothing is lost: run again to use the new values, or change them back first to keep this result"
+        )
+
+
+def _publish(stage: Stage, declaration: Declaration) -> None:
+    """Move the staged outs into place. They replace what is there only now, when nothing can fail but the disk."""
+    for out in declaration.outs:
+        staged, final = stage.work / "outs" / out, stage.workspace.root / out
+        assert staged.exists(), f"{stage.name} did not write its out {out}"
+        final.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(final, ignore_errors=True)
+        shutil.move(staged, final)
+
+
+def _empty(work: Path) -> None:
+    for path in work.iterdir():
+        if path.name != "lock":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@contextmanager
+def _lock(work: Path, name: str) -> Iterator[None]:
+    """Hold the work directory; the kernel lets go when the process ends, however it ends."""
+    with (work / "lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise AlreadyRunning(
+                f"{name} is already running with these settings (pid {file.read().strip() or 'unknown'}): wait for it, or stop it first"
+            ) from None
+        file.seek(0)
+        file.truncate()
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+@contextmanager
+def _journal(workspace: Workspace, name: str) -> Iterator[dict[str, Any]]:
+    """Append one line on how this execution went; `status` and the summary of `run` read them."""
+    start = time.time()
+    entry: dict[str, Any] = {"stage": name, "run": os.environ.get("REPROLORA_RUN", ""), "outcome": "failed"}
+    try:
+        yield entry
+        entry["outcome"] = "done"
+    except Interrupted:
+        entry["outcome"] = "interrupted"
+        raise
+    except AlreadyRunning:
+        entry["outcome"] = "already running"
+        raise
+    except UserError:
+        entry["outcome"] = "refused"
+        raise
+    finally:
+        entry |= {"started_at": round(start, 3), "seconds": round(time.time() - start, 3)}
+        workspace.work.mkdir(parents=True, exist_ok=True)
+        with workspace.journal.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+@contextmanager
+def _disk_full_is_the_users(work: Path) -> Iterator[None]:
+    """A full disk is no bug of ours: say so. safetensors hides the errno in its message."""
+    try:
+        yield
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if not full and "No space left on device" not in str(error):
+            raise
+        free = shutil.disk_usage(work).free / 2**20
+        where = getattr(error, "filename", None) or work
+        raise UserError(
+            f"the disk is full: {where} could not be written ({free:.0f} MiB free at {work}). "
+            "What was finished is kept: make room (`.work/` and `.dvc/cache` are the large ones) and run again"
+        ) from error
+
+
+@contextmanager
+def _signals_to(stop: StopRequest) -> Iterator[None]:
+    """Turn SIGTERM, Ctrl-C and the parent's death into a request to stop; a second Ctrl-C stops at once."""
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if stop() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.set(signal.Signals(number).name)
+
+    old = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    _ask_kernel_about_parent()
+    threading.Thread(target=_watch_parent, args=(stop,), daemon=True).start()
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _ask_kernel_about_parent() -> None:
+    """Linux: SIGTERM to us when the parent dies (prctl(2), PR_SET_PDEATHSIG = 1). Elsewhere polling must do."""
+    if sys.platform == "linux" and "DVC_ROOT" in os.environ:
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM, 0, 0, 0)
+
+
+def _watch_parent(stop: StopRequest) -> None:
+    """Poll the parents that DVC stands among: the kernel tells nothing of DVC's death when a shell stands between."""
+    if "DVC_ROOT" not in os.environ:
+        return
+    watched = _ancestors()
+    while not stop():
+        if _ancestors()[: len(watched)] != watched:
+            stop.set("the process that started this stage is gone")
+            return
+        time.sleep(0.5)
+
+
+def _ancestors() -> list[int]:
+    """Our parent, and its parent too where ours is only the shell that DVC started."""
+    parent = os.getppid()
+    try:
+        stat = Path(f"/proc/{parent}/stat").read_text()
+    except OSError:
+        return [parent]
+    name, rest = stat[stat.index("(") + 1 : stat.rindex(")")], stat[stat.rindex(")") + 2 :]
+    return [parent, int(rest.split()[1])] if name in _SHELLS else [parent]

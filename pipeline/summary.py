@@ -1,0 +1,63 @@
+"""What `run` and `status` print."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from pipeline.dvc import StageOutcome, status
+from pipeline.progress import say
+from pipeline.workspace import DATASET_REPORT, DIST, VALIDATE_REPORT, Workspace
+
+_HEADLINES = {
+    "base_held_out_loss": "held-out loss, base",
+    "held_out_loss": "held-out loss, adapter",
+    "base_clip_score": "CLIP score, base",
+    "clip_score": "CLIP score, adapter",
+    "style_shift": "style shift (0 base, 1 training pictures)",
+}
+
+
+def print_status(workspace: Workspace, up_to: str | None = None, as_json: bool = False) -> None:
+    """One block per stage: up to date, or each reason why it would run."""
+    statuses = status(workspace)
+    if up_to:
+        last = [s.name for s in statuses].index(up_to)
+        statuses = statuses[: last + 1]
+    if as_json:
+        say(json.dumps([{"stage": s.name, "reasons": s.reasons, "last_seconds": s.last_seconds} for s in statuses], indent=2))
+        return
+    for s in statuses:
+        took = f" (took {_duration(s.last_seconds)} last time)" if s.reasons and s.last_seconds is not None else ""
+        if len(s.reasons) == 1:
+            say(f"{s.name}: {s.reasons[0]}{took}")
+        else:
+            say(f"{s.name}: {f'{len(s.reasons)} changes' if s.reasons else 'up to date'}{took}")
+            for reason in s.reasons:
+                say(f"  {reason}")
+
+
+def print_summary(workspace: Workspace, outcomes: Sequence[StageOutcome]) -> None:
+    """What ran and how long, the headline metrics, where the pictures are."""
+    say("")
+    for outcome in outcomes:
+        took = f" {_duration(outcome.seconds)}" if outcome.seconds is not None else ""
+        say(f"  {outcome.name:<36}{outcome.what}{took}")
+    if any(o.what not in ("ran", "restored", "up to date") for o in outcomes):
+        return
+    metrics = json.loads((workspace.root / VALIDATE_REPORT / "metrics.json").read_text(encoding="utf-8"))
+    say("")
+    for key, title in _HEADLINES.items():
+        if key in metrics:
+            say(f"  {title:<44}{metrics[key]:.4g}")
+    gate = json.loads((workspace.root / DIST / "gate.json").read_text(encoding="utf-8"))
+    if gate["findings"]:
+        say(f"  {'gate':<44}{'passed' if gate['passed'] else 'FAILED: ' + '; '.join(gate['findings'])}")
+    say("")
+    say(f"  before and after   {VALIDATE_REPORT / 'before-after.png'}")
+    say(f"  training pictures  {DATASET_REPORT / 'contact-sheet.png'}")
+    say(f"  adapter and card   {DIST}/")
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 90 else f"{seconds / 60:.1f} min"

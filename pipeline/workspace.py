@@ -1,0 +1,67 @@
+"""Where everything lies."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The folders of a project.
+
+    `root` holds `dvc.yaml` and the tracked outs. `home` is the original repository: the same folder, except under
+    `dvc exp run --temp` and `--queue`, where `root` is a throw-away copy and `home` keeps checkpoints and caches.
+    """
+
+    root: Path
+    home: Path
+
+    @classmethod
+    def here(cls) -> Workspace:
+        """The project of the current folder; `DVC_ROOT`, which DVC sets for its stages, names the home."""
+        root = Path.cwd()
+        return cls(root=root, home=Path(os.environ.get("DVC_ROOT", root)))
+
+    @property
+    def params(self) -> Path:
+        return self.root / "params.yaml"
+
+    @property
+    def dvc_yaml(self) -> Path:
+        return self.root / "dvc.yaml"
+
+    @property
+    def dvc_lock(self) -> Path:
+        return self.root / "dvc.lock"
+
+    @property
+    def work(self) -> Path:
+        """Checkpoints, caches and journals: untracked, safe to delete at the price of doing the work again."""
+        return self.home / ".work"
+
+    @property
+    def store(self) -> Path:
+        """The content store of encodings, shared by all settings."""
+        return self.work / "store"
+
+    @property
+    def journal(self) -> Path:
+        """One line per stage execution: what ran, when, how it ended."""
+        return self.work / "journal.jsonl"
+
+    @property
+    def mlruns(self) -> Path:
+        """The default MLflow store: a sqlite database with the artifacts beside it."""
+        return self.home / "mlruns"
+
+
+# The tracked outs, relative to the root; dvc.yaml declares the same.
+DATASET = Path("build/dataset")
+DATASET_REPORT = Path("reports/dataset")
+ENCODED = Path("build/encoded")
+ADAPTER = Path("build/adapter")
+TRAIN_REPORT = Path("reports/train")
+VALIDATE_REPORT = Path("reports/validate")
+DIST = Path("dist/adapter")
