@@ -50,7 +50,9 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
             return _load(path)
         except Exception as error:  # whatever a damaged file makes a parser raise
             say(f"  checkpoint {path.name} is damaged ({error}): going back to the one before")
-            path.rename(path.with_name(f"damaged-{path.name}"))
+            aside = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
     return None
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
-from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from pipeline.errors import UserError
 
@@ -208,10 +208,11 @@ def load_yaml(path: Path) -> CommentedMap:
         yaml = YAML(typ="rt")
         yaml.preserve_quotes = True
         document = yaml.load(text)
-    except MarkedYAMLError as error:
-        mark = error.problem_mark
-        place = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(f"{path.name}{place}: not valid YAML: {error.problem}") from None
+    except YAMLError as error:
+        mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
+        place = f":{mark.line + 1}" if mark else ""
+        problem = error.problem if isinstance(error, MarkedYAMLError) else str(error).splitlines()[0]
+        raise UserError(f"{path.name}{place}: not valid YAML: {problem}") from None
     if not isinstance(document, CommentedMap):
         raise UserError(f"{path.name} must hold a mapping of sections ({', '.join(SECTIONS)}), not {type(document).__name__}")
     return document

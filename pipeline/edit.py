@@ -30,6 +30,8 @@ def set_values(workspace: Workspace, assignments: list[str]) -> list[str]:
         text = io.StringIO()
         yaml = YAML(typ="rt")
         yaml.width = 10_000
+        yaml.indent(mapping=2, sequence=4, offset=2)
+        yaml.representer.add_representer(type(None), _as_null)
         yaml.dump(document, text)
         write_text(workspace.params, text.getvalue())
     return changes
@@ -54,6 +56,11 @@ def _edited(workspace: Workspace, assignments: list[str]) -> tuple[CommentedMap,
         _assign(document, key.split("."), value)
     after = check_params(document, where="--set").model_dump(mode="json", by_alias=True)
     return document, value_changes(before, after)
+
+
+def _as_null(representer: Any, _: None) -> Any:
+    """`null`, where ruamel would leave the place empty."""
+    return representer.represent_scalar("tag:yaml.org,2002:null", "null")
 
 
 def _assign(document: CommentedMap, parts: list[str], value: Any) -> None:

@@ -84,7 +84,14 @@ def train(
     curve = Curve(work / "curve.jsonl", first)
     pending: list[tuple[int, Tensor, Tensor]] = []  # (step, loss, gradient norm), still on the device
 
+    def settle() -> None:
+        rows = _read(pending, batches, settings)
+        pending.clear()
+        curve.append(rows)
+        observe(rows)
+
     def save(step: int) -> None:
+        settle()  # raises if a loss was not finite: a checkpoint is always a good one
         adapter = {k: v.detach().cpu().clone() for k, v in lora.state(denoiser).items()}
         checkpoint = Checkpoint(step, adapter, optimiser.state_dict()["state"])
         save_checkpoint(work / "checkpoints", checkpoint, hardware.keep_checkpoints)
@@ -110,14 +117,10 @@ def train(
             optimiser.step()
             optimiser.zero_grad()
             pending.append((step, loss, norm.detach()))
-            saving = (step + 1) % hardware.checkpoint_every == 0
-            if saving or len(pending) == _READ_EVERY or step + 1 == settings.steps:
-                rows = _read(pending, batches, settings)  # before saving: a checkpoint is always a good one
-                curve.append(rows)
-                observe(rows)
-                pending = []
-                if saving or step + 1 == settings.steps:
-                    save(step + 1)
+            if (step + 1) % hardware.checkpoint_every == 0 or step + 1 == settings.steps:
+                save(step + 1)
+            elif len(pending) == _READ_EVERY:
+                settle()
             bar.advance(note=f"loss {curve.smoothed:.4f}, {_memory_mib():.0f} MiB" if curve.rows else "")
     return {k: v.detach().cpu().clone() for k, v in lora.state(denoiser).items()}
 
@@ -163,6 +166,8 @@ def _resume(work: Path, denoiser: nn.Module, optimiser: Any) -> int:
 
 def _read(pending: list[tuple[int, Tensor, Tensor]], batches: Batches, settings: Train) -> list[Row]:
     """Fetch losses and norms from the device, all at once."""
+    if not pending:
+        return []
     values = torch.stack([torch.stack([loss.float(), norm.float()]) for _, loss, norm in pending]).tolist()
     rows = []
     for (step, _, _), (loss, norm) in zip(pending, values, strict=True):

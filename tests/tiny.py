@@ -91,6 +91,7 @@ def make_sd(folder: Path, seed: int = 0, prediction_type: str = "epsilon") -> Pa
             beta_start=0.00085,
             beta_end=0.012,
             clip_sample=False,
+            steps_offset=1,
             prediction_type=prediction_type,
         ),
         safety_checker=None,
@@ -122,7 +123,9 @@ def make_sdxl(folder: Path, seed: int = 0) -> Path:
             addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=6 * 8 + 16,
         ),
-        scheduler=DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False),
+        scheduler=DDIMScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1
+        ),
     ).save_pretrained(folder)
     return folder
 

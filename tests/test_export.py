@@ -1,0 +1,123 @@
+"""What leaves the project: the file loads in plain diffusers and draws what the model in training drew."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from pipeline import lora
+from pipeline.export.card import escape_markdown, render_card
+from pipeline.export.diffusers_format import load_into, write_diffusers
+from pipeline.families import family
+from pipeline.safetensors_file import write_safetensors
+
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+def draw(pipeline) -> np.ndarray:
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(
+        ["a red circle", "a blue square"],
+        num_inference_steps=3,
+        guidance_scale=3.0,
+        generator=[torch.Generator().manual_seed(i) for i in range(2)],
+        height=32,
+        width=32,
+        output_type="np",
+    ).images
+    return np.asarray(images)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+@pytest.mark.parametrize(("rank", "alpha"), [(4, 4.0), (2, 7.5)])
+def test_the_exported_file_draws_what_the_trained_model_drew(
+    name: str, rank: int, alpha: float, sd_folder: Path, sdxl_folder: Path, tmp_path: Path
+) -> None:
+    folder, kind = {"sd": (sd_folder, StableDiffusionPipeline), "sdxl": (sdxl_folder, StableDiffusionXLPipeline)}[name]
+    trained = kind.from_pretrained(folder)
+    base = draw(trained)
+    lora.inject(trained.unet, lora.LoraSpec(rank, alpha, 0.0, TARGETS), 0)
+    torch.manual_seed(1)
+    weights = {k: torch.randn_like(v) * 0.3 for k, v in lora.state(trained.unet).items()}
+    lora.load_state(trained.unet, weights)
+    expected = draw(trained)
+    path = write_diffusers(
+        tmp_path, weights, family(name).denoiser_key, rank, alpha, TARGETS, torch.float32, {"reprolora": "{}"}
+    )
+    plain = kind.from_pretrained(folder)
+    plain.load_lora_weights(tmp_path)  # as a user does it: α is read from the file
+    np.testing.assert_allclose(draw(plain), expected, atol=1e-5)
+    assert np.abs(expected - base).max() > 0.02
+    ours = family(name).load_pipeline(_model(folder), torch.device("cpu"), torch.float32)
+    load_into(ours, path, scale=1.0)
+    np.testing.assert_allclose(draw(ours), expected, atol=1e-5)
+    load_into_again = kind.from_pretrained(folder)
+    load_into(load_into_again, path, scale=0.0)
+    np.testing.assert_allclose(draw(load_into_again), base, atol=1e-5)
+
+
+def _model(folder: Path):
+    from pipeline.model_source import LocalModel
+
+    return LocalModel(folder, None, None)
+
+
+def test_dtype_is_as_asked_and_metadata_is_kept(tmp_path: Path) -> None:
+    weights = {"down.to_q.lora_A.weight": torch.randn(2, 8), "down.to_q.lora_B.weight": torch.randn(8, 2)}
+    path = write_diffusers(tmp_path, weights, "unet", 2, 3.0, ("to_q",), torch.float16, {"reprolora": "{}"})
+    assert {t.dtype for t in load_file(path).values()} == {torch.float16}
+    assert set(load_file(path)) == {f"unet.{k}" for k in weights}
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["format"] == "pt" and metadata["reprolora"] == "{}"
+    assert json.loads(metadata["lora_adapter_metadata"])["unet.lora_alpha"] == 3.0
+
+
+def test_the_same_content_gives_the_same_bytes_in_every_process(tmp_path: Path) -> None:
+    """The library's own writer orders metadata by a random hash."""
+    script = (
+        "import sys, torch; from pathlib import Path; from pipeline.safetensors_file import write_safetensors\n"
+        "write_safetensors(Path(sys.argv[1]), {n: torch.arange(3.) for n in 'bca'}, {k: k for k in 'zyxwvutsrq'})"
+    )
+    hashes = set()
+    for i in range(3):
+        path = tmp_path / f"{i}.safetensors"
+        subprocess.run([sys.executable, "-c", script, str(path)], check=True, cwd=Path(__file__).parent.parent)
+        hashes.add(hashlib.sha256(path.read_bytes()).hexdigest())
+    assert len(hashes) == 1
+    assert load_file(tmp_path / "0.safetensors")["a"].tolist() == [0, 1, 2]
+    with safe_open(tmp_path / "0.safetensors", framework="pt") as file:
+        assert file.metadata() == {k: k for k in "zyxwvutsrq"}
+
+
+@pytest.mark.parametrize("text", ["", "é✓", "x" * 5, "x" * 6, "x" * 7])
+def test_header_stays_aligned_whatever_the_metadata(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a.safetensors"
+    write_safetensors(path, {"t": torch.arange(5, dtype=torch.float64)}, {"k": text})
+    assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
+    assert load_file(path)["t"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_text_from_outside_is_inert_in_the_card() -> None:
+    hostile = "<script>alert(1)</script> | `x` [a](http://b) **c**\n# d"
+    safe = escape_markdown(hostile)
+    assert "<script" not in safe and "\n" not in safe
+    for mark in ("|", "`", "[", "*", "#"):
+        assert f"\\{mark}" in safe and not any(safe[i] == mark and safe[i - 1] != "\\" for i in range(1, len(safe)))
+
+
+def test_a_fact_that_is_missing_is_an_error() -> None:
+    from jinja2 import UndefinedError
+
+    with pytest.raises(UndefinedError):
+        render_card({"license": None}, {"title": "x"})
