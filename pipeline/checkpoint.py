@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.files import atomic_directory, hash_file, write_json
 from pipeline.progress import say
-from pipeline.safetensors_file import write_safetensors
+from pipeline.safetensors_file import read_safetensors, write_safetensors
 
 _PREFIX = "step-"
 
@@ -62,12 +61,12 @@ def _load(path: Path) -> Checkpoint:
         if hash_file(path / name) != expected:
             raise ValueError(f"{name} is not what was written")
     optimiser: dict[str, Any] = {}
-    for key, tensor in load_file(path / "optimiser.safetensors").items():
+    for key, tensor in read_safetensors(path / "optimiser.safetensors").items():
         index, _, part = key.partition(".")
         optimiser.setdefault(index, {})[part] = tensor
     for index, numbers in state["optimiser"].items():
         optimiser.setdefault(index, {}).update(numbers)
-    return Checkpoint(state["step"], load_file(path / "adapter.safetensors"), {int(k): v for k, v in optimiser.items()})
+    return Checkpoint(state["step"], read_safetensors(path / "adapter.safetensors"), {int(k): v for k, v in optimiser.items()})
 
 
 def _split(optimiser: dict[int, Any]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:

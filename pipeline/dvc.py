@@ -43,7 +43,7 @@ def reproduce(workspace: Workspace, stage: str | None, force: bool) -> tuple[int
     run = uuid.uuid4().hex[:12]
     environment = {**_environment(), "REPROLORA_RUN": run} | ({"REPROLORA_FORCE": "1"} if force else {})
     before, complete = _locked(workspace), {n: _outs_exist(workspace, d) for n, d in declarations(workspace).items()}
-    command = [sys.executable, "-m", "dvc", "repro", "--quiet", *(["--force"] if force else []), *([stage] if stage else [])]
+    command = [sys.executable, "-m", "dvc", "repro", *(["--force"] if force else []), *([stage] if stage else [])]
     process = subprocess.Popen(command, cwd=workspace.root, env=environment, preexec_fn=_die_with_parent)
     interrupted = False
     while True:

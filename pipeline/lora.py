@@ -1,4 +1,4 @@
-"""The adapter: injected by PEFT, always in float32, saved and loaded as safetensors.
+"""The adapter: injected by PEFT, always in float32.
 
 W' = W + (α / r) · B A with A (r, in), B (out, r); Hu et al. 2021 (LoRA, arXiv 2106.09685), section 4.1. B starts at zero,
 so a fresh adapter changes nothing.
@@ -7,16 +7,13 @@ so a fresh adapter changes nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from pipeline.safetensors_file import write_safetensors
 
 _ADAPTER = "default"
 
@@ -91,14 +88,3 @@ def set_scale(denoiser: nn.Module, scale: float) -> None:
     for module in denoiser.modules():
         if isinstance(module, LoraLayer):
             module.set_scale(_ADAPTER, scale)
-
-
-def save(path: Path, weights: dict[str, Tensor]) -> None:
-    """Write PEFT-named weights to a safetensors file."""
-    write_safetensors(path, weights)
-
-
-def load(path: Path) -> dict[str, Tensor]:
-    """Read what `save` wrote."""
-    weights: dict[str, Tensor] = load_file(path)
-    return weights

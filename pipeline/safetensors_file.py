@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from pipeline.files import write_bytes
@@ -26,3 +26,9 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
         text += b" " * (-len(text) % 8)  # the format wants the data aligned to 8 bytes
         plain = len(text).to_bytes(8, "little") + text + plain[8 + length :]
     write_bytes(path, plain)
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file, on the CPU."""
+    tensors: dict[str, Tensor] = load_file(path)
+    return tensors

@@ -279,15 +279,14 @@ def _journal(workspace: Workspace, name: str) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def _disk_full_is_the_users(work: Path) -> Iterator[None]:
-    """A full disk is no bug of ours: say so. safetensors hides the errno in its message."""
+    """A full disk is no bug of ours: say so."""
     try:
         yield
-    except Exception as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if not full and "No space left on device" not in str(error):
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         free = shutil.disk_usage(work).free / 2**20
-        where = getattr(error, "filename", None) or work
+        where = error.filename or work
         raise UserError(
             f"the disk is full: {where} could not be written ({free:.0f} MiB free at {work}). "
             "What was finished is kept: make room (`.work/` and `.dvc/cache` are the large ones) and run again"

@@ -11,12 +11,13 @@ import fcntl
 import json
 import os
 import queue
-import socket
 import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 _FINGERPRINT = "reprolora.fingerprint"
 _STAGE = "reprolora.stage"
-_CONNECT_SECONDS = 2.0
+_ANSWER_SECONDS = 2.0
 _FLUSH_SECONDS = 2.0
 _BATCH = 200  # metrics per call: a call costs 30 ms or so, whatever it carries
 _LATER = "`python cli.py sync` fills the gap later"
@@ -186,12 +187,15 @@ def _refuse_unreachable(uri: str | None) -> None:
     parts = urllib.parse.urlsplit(uri or "")
     if parts.scheme not in ("http", "https"):
         return
-    port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
-        socket.create_connection((parts.hostname or "", port), timeout=_CONNECT_SECONDS).close()
+        with urllib.request.urlopen(f"{uri}/health", timeout=_ANSWER_SECONDS):
+            pass
+    except urllib.error.HTTPError:
+        pass  # an answer: something that speaks HTTP is there
     except OSError as error:
         raise UserError(
-            f"the MLflow server {parts.scheme}://{parts.hostname}:{port} does not answer ({error}): start it, or change tracking.uri"
+            f"the MLflow server {parts.scheme}://{parts.netloc.rpartition('@')[2]} does not answer ({error}): start it, or "
+            "change tracking.uri"
         ) from None
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from pipeline import lora
 from pipeline.errors import UserError
 from pipeline.evaluate.gate import judge
 from pipeline.export.card import render_card
 from pipeline.export.diffusers_format import FILE_NAME, write_diffusers
 from pipeline.files import hash_file, hash_json, hash_tree, write_json, write_text
 from pipeline.progress import say
+from pipeline.safetensors_file import read_safetensors
 from pipeline.stage import Stage
 from pipeline.workspace import ADAPTER, DATASET, DATASET_REPORT, DIST, TRAIN_REPORT, VALIDATE_REPORT
 
@@ -44,7 +44,7 @@ def main(stage: Stage) -> None:
     }
     path = write_diffusers(
         out,
-        lora.load(root / ADAPTER / "adapter.safetensors"),
+        read_safetensors(root / ADAPTER / "adapter.safetensors"),
         training["denoiser_key"],
         training["lora"]["rank"],
         training["lora"]["alpha"],

@@ -14,6 +14,7 @@ from pipeline.files import write_json, write_text
 from pipeline.model_source import resolve
 from pipeline.progress import say
 from pipeline.randomness import torch_seed
+from pipeline.safetensors_file import write_safetensors
 from pipeline.stage import Stage
 from pipeline.tracking import live_curves
 from pipeline.train import Hardware, curve_csv, read_curve, train
@@ -46,7 +47,7 @@ def main(stage: Stage) -> None:
             observe,
         )
     rows = read_curve(stage.work)
-    lora.save(stage.out(ADAPTER) / "adapter.safetensors", adapter)
+    write_safetensors(stage.out(ADAPTER) / "adapter.safetensors", adapter)
     write_json(
         stage.out(ADAPTER) / "training.json",
         {

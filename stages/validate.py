@@ -22,6 +22,7 @@ from pipeline.files import hash_file, write_json
 from pipeline.model_source import ModelSource, resolve
 from pipeline.pictures import labelled_grid
 from pipeline.progress import progress, say
+from pipeline.safetensors_file import read_safetensors
 from pipeline.stage import Stage
 from pipeline.workspace import ADAPTER, ENCODED, VALIDATE_REPORT
 
@@ -37,7 +38,7 @@ def main(stage: Stage) -> None:
     model = resolve(stage.source(), root)
     encodings = Encodings(root / ENCODED)
     training = json.loads((root / ADAPTER / "training.json").read_text(encoding="utf-8"))
-    weights = lora.load(root / ADAPTER / "adapter.safetensors")
+    weights = read_safetensors(root / ADAPTER / "adapter.safetensors")
     width, height = Counter(s.size for s in encodings.index.samples).most_common(1)[0][0]
     sampler = Sampler(
         settings.scheduler, settings.inference_steps, settings.guidance_scale, settings.negative_prompt, width, height

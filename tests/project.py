@@ -83,7 +83,10 @@ class Project:
 
     def write(self, params: dict[str, Any]) -> None:
         with (self.root / "params.yaml").open("w", encoding="utf-8") as file:
-            YAML(typ="safe").dump(params, file)
+            yaml = YAML(typ="safe", pure=True)
+            yaml.default_flow_style = False
+            yaml.sort_base_mapping_type_on_output = False
+            yaml.dump(params, file)
 
     def path(self, relative: str) -> Path:
         return self.root / relative

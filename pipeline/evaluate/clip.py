@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.model_source import LocalModel
+from pipeline.quiet import quiet_libraries
 
 _BATCH = 32
 
@@ -26,6 +27,7 @@ class Clip:
     """A CLIP model in the transformers layout, frozen, float32."""
 
     def __init__(self, model: LocalModel, device: torch.device) -> None:
+        quiet_libraries()
         from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
         self.device = device

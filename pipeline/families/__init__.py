@@ -5,13 +5,11 @@ from __future__ import annotations
 from importlib import import_module
 
 from pipeline.families.base import Family
-from pipeline.quiet import quiet_libraries
 
 _FILES = {"sd": "pipeline.families.sd", "sdxl": "pipeline.families.sdxl"}
 
 
 def family(name: str) -> Family:
     """The family that `model.family` names; imported only when asked for."""
-    quiet_libraries()
     found: Family = import_module(_FILES[name]).FAMILY
     return found

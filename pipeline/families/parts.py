@@ -13,6 +13,7 @@ from pipeline.diffusion import Ddpm
 from pipeline.errors import UserError
 from pipeline.families.base import Posterior
 from pipeline.model_source import LocalModel
+from pipeline.quiet import quiet_libraries
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class ClipEncoder:
 
 def load_vae(model: LocalModel, device: torch.device) -> nn.Module:
     """The base's `AutoencoderKL`, float32, frozen."""
+    quiet_libraries()
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     vae = AutoencoderKL.from_pretrained(
@@ -43,6 +45,7 @@ def encode_with_vae(vae: Any, pixels: Tensor) -> Posterior:
 
 def load_unet(model: LocalModel, dtype: torch.dtype) -> nn.Module:
     """The base's `UNet2DConditionModel`, frozen, on the CPU."""
+    quiet_libraries()
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     unet = UNet2DConditionModel.from_pretrained(
@@ -54,6 +57,7 @@ def load_unet(model: LocalModel, dtype: torch.dtype) -> nn.Module:
 
 def load_clip(model: LocalModel, device: torch.device, tokenizer: str, encoder: str, kind: Any) -> ClipEncoder:
     """A tokenizer and a text encoder of class `kind` from their sub-folders, in float32 and frozen."""
+    quiet_libraries()
     from transformers import CLIPTokenizer
 
     weights = kind.from_pretrained(
@@ -82,6 +86,7 @@ def count_tokens(encoders: ClipEncoder, captions: Sequence[str]) -> list[int]:
 
 def ddpm_of(model: LocalModel) -> Ddpm:
     """The noise schedule and prediction type that the base's scheduler config states."""
+    quiet_libraries()
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
     # Configs of DDIM, PNDM and Euler share the keys that settle ᾱ; DDPM reads them all.

@@ -21,6 +21,7 @@ from pipeline.families.parts import (
     tokenise,
 )
 from pipeline.model_source import LocalModel
+from pipeline.quiet import quiet_libraries
 
 
 class StableDiffusion:
@@ -60,6 +61,7 @@ class StableDiffusion:
         return predicted
 
     def load_pipeline(self, model: LocalModel, device: torch.device, dtype: torch.dtype) -> Any:
+        quiet_libraries()
         from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
         pipeline = StableDiffusionPipeline.from_pretrained(

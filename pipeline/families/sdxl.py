@@ -21,6 +21,7 @@ from pipeline.families.parts import (
     tokenise,
 )
 from pipeline.model_source import LocalModel
+from pipeline.quiet import quiet_libraries
 
 
 class StableDiffusionXL:
@@ -68,6 +69,7 @@ class StableDiffusionXL:
         return predicted
 
     def load_pipeline(self, model: LocalModel, device: torch.device, dtype: torch.dtype) -> Any:
+        quiet_libraries()
         from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 
         pipeline = StableDiffusionXLPipeline.from_pretrained(
