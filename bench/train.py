@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+
 from pipeline import lora  # noqa: E402
 from pipeline.batches import Batches  # noqa: E402
 from pipeline.config import load_params  # noqa: E402
@@ -131,7 +132,7 @@ def uncached(steps: int) -> Callable[[], None]:
     pixels = torch.rand(batches.batch_size, 3, side[1], side[0]) * 2 - 1
 
     def run() -> None:
-        for step in range(steps):
+        for _ in range(steps):
             captions = [sample.caption for sample in batches.members(0)]
             with torch.no_grad():
                 posterior = kind.encode_pixels(vae, pixels)
