@@ -157,7 +157,11 @@ def test_a_terminal_sees_bars_and_a_pipe_does_not(project: Project) -> None:
     """`script` gives the command a terminal of its own."""
     command = f"{sys.executable} cli.py stage prepare-dataset"
     done = subprocess.run(
-        ["script", "-qec", command, "/dev/null"], cwd=project.root, env=project.environment({"TERM": "xterm"}), capture_output=True, check=False
+        ["script", "-qec", command, "/dev/null"],
+        cwd=project.root,
+        env=project.environment({"TERM": "xterm"}),
+        capture_output=True,
+        check=False,
     )
     assert done.returncode == 0
     assert b"\x1b[" in done.stdout and "reading pictures" in done.stdout.decode()

@@ -102,6 +102,7 @@ def finish(project: Project, whole: bytes) -> str:
 DVC = (sys.executable, "-m", "dvc", "repro", "train-lora")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", [1, 4])
 def test_sigkill_of_the_trainer(project: Project, whole: bytes, checkpoint: int) -> None:
     process = start_and_wait(project, *DVC, checkpoint=checkpoint)
@@ -124,6 +125,7 @@ def test_sigterm_to_dvc_leaves_no_orphan_and_saves(project: Project, whole: byte
     assert "going on from the checkpoint at step" in finish(project, whole)
 
 
+@pytest.mark.slow
 def test_sigkill_to_dvc_leaves_no_orphan_and_saves(project: Project, whole: bytes) -> None:
     process = start_and_wait(project, *DVC)
     process.kill()
@@ -132,6 +134,7 @@ def test_sigkill_to_dvc_leaves_no_orphan_and_saves(project: Project, whole: byte
     assert "going on from the checkpoint at step" in finish(project, whole)
 
 
+@pytest.mark.slow
 def test_a_shell_between_dvc_and_the_stage_hides_nothing(project: Project, whole: bytes) -> None:
     path = project.path("dvc.yaml")
     text = path.read_text()
@@ -155,6 +158,7 @@ def test_ctrl_c_to_the_group_of_run(project: Project, whole: bytes) -> None:
     assert "going on from the checkpoint at step" in finish(project, whole)
 
 
+@pytest.mark.slow
 def test_sigterm_to_run_ends_everything(project: Project, whole: bytes) -> None:
     process = start_and_wait(project, sys.executable, "cli.py", "run", "train-lora")
     process.terminate()
@@ -177,6 +181,7 @@ def test_params_edited_while_training_are_refused_and_never_recorded(project: Pr
     assert f"going on from the checkpoint at step {STEPS}" in told
 
 
+@pytest.mark.slow
 def test_a_change_that_no_stage_reads_is_let_pass(project: Project, whole: bytes) -> None:
     process = start_and_wait(project, sys.executable, "cli.py", "run", "train-lora")
     project.set("export", title="meanwhile")
@@ -184,6 +189,7 @@ def test_a_change_that_no_stage_reads_is_let_pass(project: Project, whole: bytes
     assert process.returncode == 0, output
 
 
+@pytest.mark.slow
 def test_a_second_runner_is_told_who_runs(project: Project) -> None:
     process = start_and_wait(project, *DVC)
     pid = trainer(project)

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from pipeline.errors import UserError
 from pipeline.model_source import LocalModel, ModelSource, pin_of, resolve
 

@@ -104,6 +104,7 @@ def test_train_and_lora_run_the_last_three_and_the_way_back_runs_nothing(project
     assert runs(project) == [TRAIN, VALIDATE, EXPORT]
 
 
+@pytest.mark.slow
 def test_encode_and_model_run_the_last_four(project: Project) -> None:
     project.set("encode", dtype="float16")
     assert runs(project) == [ENCODE, TRAIN, VALIDATE, EXPORT]
@@ -121,6 +122,7 @@ def test_dataset_settings_and_early_cutoff(project: Project) -> None:
     assert runs(project) == ALL
 
 
+@pytest.mark.slow
 def test_a_picture_added_a_caption_edited_a_file_renamed(project: Project) -> None:
     data = project.path("data")
     kept = {p: p.read_bytes() for p in data.iterdir()}
@@ -186,6 +188,7 @@ def test_run_one_stage_stops_there_and_an_unknown_one_is_named(project: Project)
     assert done.returncode == 2 and "did you mean train-lora?" in done.stderr
 
 
+@pytest.mark.slow
 def test_force_runs_from_scratch_and_gives_the_same_bytes(project: Project) -> None:
     before = outs(project)
     done = project.cli("run", "--force")
@@ -215,6 +218,7 @@ def test_tracked_outs_hold_nothing_of_this_machine_or_moment(project: Project) -
                     assert foreign not in re.findall(r"\S+", text) and str(project.root) not in text, (path, foreign)
 
 
+@pytest.mark.slow
 def test_a_clean_clone_with_the_cache_runs_nothing(project: Project, tmp_path: Path) -> None:
     """What a colleague or a CI runner gets: the code, dvc.lock, and the remote."""
     assert project.dvc("remote", "add", "-f", "-d", "store", str(tmp_path / "remote")).returncode == 0

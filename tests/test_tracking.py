@@ -101,6 +101,7 @@ def test_sync_fills_an_empty_store_from_the_files(built: Project, tmp_path: Path
     assert [m.step for m in history] == list(range(6))
 
 
+@pytest.mark.slow
 def test_a_forced_retraining_is_a_new_run(built: Project) -> None:
     assert built.cli("run", "train-lora", "--force").returncode == 0
     trainings = runs(store(built))["train-lora"]
@@ -166,6 +167,7 @@ def test_a_server_that_takes_connections_and_never_answers_is_given_up_within_se
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_tracking_required_fails_the_stage(project: Project) -> None:
     tracked(project, uri=f"http://127.0.0.1:{free_port()}", required=True)
     done = project.cli("run")
@@ -193,6 +195,7 @@ def test_first_use_in_parallel_makes_one_sound_store(tmp_path: Path) -> None:
     assert sorted(names) == ["Default", "reprolora"]
 
 
+@pytest.mark.slow
 def test_a_resumed_training_appends_to_its_run(new_project: Callable[[], Project]) -> None:
     project = tracked(new_project())
     project.set("train", steps=12)
