@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from world import SIZE, draw, draw_anything, is_held_out, random_caption, random_scene
+from world import SIZE, Scene, draw, draw_anything, is_held_out, random_caption, random_scene
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE / "tiny-sd"
@@ -30,18 +31,31 @@ WORK = HERE.parent / ".work" / "assets"
 MAX_TOKENS = 32
 
 
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of the UNet's training; the learning rate falls as if it were `horizon` steps long."""
+
+    steps: int
+    horizon: int
+    timesteps: str
+
+
+# All noise levels first: places, sizes and colours are settled at high noise. Then mostly the middle, which settles shapes:
+# after the first phase colours and backgrounds are right and every shape is a blob.
+PHASES = (Phase(1200, 2000, "uniform"), Phase(1400, 1400, "logit-normal"))
+
+
 def main() -> None:
     """Run the phases that are not done yet, then write the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vae-steps", type=int, default=1800)
-    parser.add_argument("--unet-steps", type=int, default=2000)
     parser.add_argument("--pictures", type=int, default=12_000)
     args = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
     vae = train_vae(args.vae_steps)
-    text_encoder, unet, scheduler = train_unet(vae, tokenizer, args.unet_steps, args.pictures)
+    text_encoder, unet, scheduler = train_unet(vae, tokenizer, args.pictures)
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -122,7 +136,7 @@ def train_vae(steps: int) -> AutoencoderKL:
 
 
 def train_unet(
-    vae: AutoencoderKL, tokenizer: CLIPTokenizer, steps: int, pictures: int
+    vae: AutoencoderKL, tokenizer: CLIPTokenizer, pictures: int
 ) -> tuple[CLIPTextModel, UNet2DConditionModel, DDIMScheduler]:
     """Text encoder and UNet together on ‖v − v_θ(x_t, t, c)‖²; the weights kept are an exponential moving average."""
     text_encoder = CLIPTextModel(
@@ -147,7 +161,7 @@ def train_unet(
         layers_per_block=1,
         cross_attention_dim=128,
         attention_head_dim=4,
-    ).to(memory_format=torch.channels_last)
+    )
     # v-prediction, as in Stable Diffusion 2.x: with ε a network of this size has the shapes after 800 steps but neither the
     # colours nor clean backgrounds, since an error of ε at high noise is multiplied by 1/√ᾱ in the picture.
     # A steeper end than Stable Diffusion's 0.012: at 16×16 latents its schedule leaves the mean colour readable at t = T,
@@ -162,11 +176,7 @@ def train_unet(
         steps_offset=1,
         prediction_type="v_prediction",
     )
-    done = WORK / "unet.safetensors"
     models_ = torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
-    if done.is_file():
-        models_.load_state_dict(load_file(done))
-        return text_encoder.eval(), unet.eval(), scheduler
     rng = np.random.default_rng(2)
     scenes = []
     while len(scenes) < pictures:
@@ -180,33 +190,55 @@ def train_unet(
             means.append(posterior.mean * vae.config.scaling_factor)
             stds.append(posterior.std * vae.config.scaling_factor)
     mean, std = torch.cat(means), torch.cat(stds)
+    for number, phase in enumerate(PHASES, start=1):
+        weights = WORK / f"unet-phase{number}.safetensors"
+        if not weights.is_file():
+            train_phase(phase, number, models_, mean, std, scenes, tokenizer, scheduler, weights)
+        models_.load_state_dict(load_file(weights))
+    return text_encoder.eval(), unet.eval(), scheduler
+
+
+def train_phase(
+    phase: Phase,
+    number: int,
+    models_: torch.nn.ModuleDict,
+    mean: torch.Tensor,
+    std: torch.Tensor,
+    scenes: list[Scene],
+    tokenizer: CLIPTokenizer,
+    scheduler: DDIMScheduler,
+    out: Path,
+) -> None:
+    """Train from the weights in `models_` with a fresh optimiser; `out` gets the average. `mean`, `std`: (N, 4, 16, 16)."""
+    rng, generator = np.random.default_rng(2 + number), torch.Generator().manual_seed(3 + number)
     parameters = list(models_.parameters())
     average = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
-    generator = torch.Generator().manual_seed(3)
     start = time.monotonic()
-    for step in range(steps):
-        set_lr(optimizer, 1e-3, step, steps, warmup=200)
-        rows = rng.integers(0, pictures, 32)
+    for step in range(phase.steps):
+        set_lr(optimizer, 1e-3, step, phase.horizon, warmup=100)
+        rows = rng.integers(0, len(scenes), 32)
         captions = ["" if rng.random() < 0.1 else random_caption(scenes[i], rng) for i in rows]
         tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
         x0 = mean[rows] + std[rows] * torch.randn(mean[rows].shape, generator=generator)
         noise = torch.randn(x0.shape, generator=generator)
-        t = torch.randint(0, 1000, (32,), generator=generator)
-        x_t = scheduler.add_noise(x0, noise, t)
-        predicted = unet(x_t.to(memory_format=torch.channels_last), t, text_encoder(tokens).last_hidden_state).sample
+        u = torch.rand(32, generator=generator)
+        if phase.timesteps == "logit-normal":  # Esser et al. 2024, arXiv 2403.03206, section 3.1, m = 0, s = 1
+            u = torch.sigmoid(torch.randn(32, generator=generator))
+        t = (u * 1000).long()
+        predicted = models_["unet"](
+            scheduler.add_noise(x0, noise, t), t, models_["text_encoder"](tokens).last_hidden_state
+        ).sample
         loss = F.mse_loss(predicted, scheduler.get_velocity(x0, noise, t))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - min(0.998, (step + 1) / (step + 10)))
-        report("unet", step, steps, loss, start)
+        report(f"unet phase {number}", step, phase.steps, loss, start)
         if step % 400 == 399:
             save_average(models_, parameters, average, WORK / "unet-partial.safetensors")
-    save_average(models_, parameters, average, done)
-    models_.load_state_dict(load_file(done))
-    return text_encoder.eval(), unet.eval(), scheduler
+    save_average(models_, parameters, average, out)
 
 
 def save_average(models_: torch.nn.Module, parameters: list[torch.nn.Parameter], average: list[torch.Tensor], to: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -34,7 +35,7 @@ class StageOutcome:
     """What became of a stage in one `run`."""
 
     name: str
-    what: str  # ran, restored, up to date, interrupted, failed, not reached
+    what: str  # ran, restored, up to date, not reached, killed, or the journal's word for how it ended
     seconds: float | None
 
 
@@ -53,15 +54,15 @@ def reproduce(workspace: Workspace, stage: str | None, force: bool) -> tuple[int
         except KeyboardInterrupt:  # the whole group got it: DVC and the stage save and leave, we wait for them
             interrupted = True
     executed = {e["stage"]: e for e in journal(workspace) if e["run"] == run}
-    after = _locked(workspace)
-    outcomes, broken = [], False
-    for name in declarations(workspace):
-        entry = executed.get(name)
-        if entry:
-            what = {"done": "ran"}.get(entry["outcome"], entry["outcome"])
-            broken = what != "ran"
-            outcomes.append(StageOutcome(name, what, entry["seconds"]))
-        elif broken or (code and after.get(name) is None):
+    after, wanted = _locked(workspace), _up_to(list(complete), stage)
+    broken = [name for name, entry in executed.items() if entry["outcome"] != "done"]
+    lost = wanted.index(broken[0]) if broken else 0 if code else len(wanted)  # from here on nothing was reached
+    outcomes = []
+    for i, name in enumerate(wanted):
+        if name in executed:
+            what = {"done": "ran", "started": "killed"}.get(executed[name]["outcome"], executed[name]["outcome"])
+            outcomes.append(StageOutcome(name, what, executed[name].get("seconds")))
+        elif i >= lost:
             outcomes.append(StageOutcome(name, "not reached", None))
         elif before.get(name) != after.get(name) or not complete[name]:
             outcomes.append(StageOutcome(name, "restored", None))
@@ -113,7 +114,11 @@ def journal(workspace: Workspace) -> list[dict[str, Any]]:
     """All stage executions here, oldest first."""
     if not workspace.journal.is_file():
         return []
-    return [json.loads(line) for line in workspace.journal.read_text(encoding="utf-8").splitlines()]
+    entries = []
+    for line in workspace.journal.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # the line that a power cut left half
+            entries.append(json.loads(line))
+    return entries
 
 
 def _reasons(changes: list[Any], locked: dict[str, Any], current: dict[str, Any]) -> list[str]:
@@ -132,6 +137,11 @@ def _reasons(changes: list[Any], locked: dict[str, Any], current: dict[str, Any]
                 reasons.append(f"{path} {what}")
         reasons += [f"{path} {what}" for path, what in change.get("changed outs", {}).items()]
     return reasons
+
+
+def _up_to(names: list[str], stage: str | None) -> list[str]:
+    """The pipeline is a chain: what `dvc repro STAGE` covers is all up to it."""
+    return names[: names.index(stage) + 1] if stage else names
 
 
 def _locked(workspace: Workspace) -> dict[str, Any]:

@@ -227,6 +227,7 @@ def _publish(stage: Stage, declaration: Declaration) -> None:
         final.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(final, ignore_errors=True)
         shutil.move(staged, final)
+    shutil.rmtree(stage.work / "outs")
 
 
 def _empty(work: Path) -> None:
@@ -255,9 +256,16 @@ def _lock(work: Path, name: str) -> Iterator[None]:
 
 @contextmanager
 def _journal(workspace: Workspace, name: str) -> Iterator[dict[str, Any]]:
-    """Append one line on how this execution went; `status` and the summary of `run` read them."""
+    """Append a line when the execution starts and one on how it went; `status` and the summary of `run` read them."""
     start = time.time()
     entry: dict[str, Any] = {"stage": name, "run": os.environ.get("REPROLORA_RUN", ""), "outcome": "failed"}
+
+    def write(**more: Any) -> None:
+        workspace.work.mkdir(parents=True, exist_ok=True)
+        with workspace.journal.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**entry, "started_at": round(start, 3), **more}) + "\n")
+
+    write(outcome="started")  # all that a killed stage leaves behind
     try:
         yield entry
         entry["outcome"] = "done"
@@ -271,10 +279,7 @@ def _journal(workspace: Workspace, name: str) -> Iterator[dict[str, Any]]:
         entry["outcome"] = "refused"
         raise
     finally:
-        entry |= {"started_at": round(start, 3), "seconds": round(time.time() - start, 3)}
-        workspace.work.mkdir(parents=True, exist_ok=True)
-        with workspace.journal.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        write(seconds=round(time.time() - start, 3))
 
 
 @contextmanager

@@ -43,8 +43,8 @@ def print_summary(workspace: Workspace, outcomes: Sequence[StageOutcome]) -> Non
     for outcome in outcomes:
         took = f" {_duration(outcome.seconds)}" if outcome.seconds is not None else ""
         say(f"  {outcome.name:<36}{outcome.what}{took}")
-    if any(o.what not in ("ran", "restored", "up to date") for o in outcomes):
-        return
+    if [o.name for o in outcomes if o.what in ("ran", "restored", "up to date")][-1:] != ["export-and-card"]:
+        return  # stopped before the end
     metrics = json.loads((workspace.root / VALIDATE_REPORT / "metrics.json").read_text(encoding="utf-8"))
     say("")
     for key, title in _HEADLINES.items():

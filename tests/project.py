@@ -68,7 +68,8 @@ class Project:
         journal = self.root / ".work" / "journal.jsonl"
         if not journal.is_file():
             return []
-        names = [json.loads(line)["stage"] for line in journal.read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(line) for line in journal.read_text(encoding="utf-8").splitlines()]
+        names = [line["stage"] for line in lines if line["outcome"] == "started"]
         journal.unlink()
         return names
 

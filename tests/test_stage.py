@@ -63,7 +63,9 @@ def published(folder: Path) -> bool:
 def outcomes(folder: Path) -> list[str]:
     import json
 
-    return [json.loads(line)["outcome"] for line in (folder / ".work/journal.jsonl").read_text().splitlines()]
+    lines = [json.loads(line)["outcome"] for line in (folder / ".work/journal.jsonl").read_text().splitlines()]
+    assert lines[::2] == ["started"] * len(lines[::2])
+    return lines[1::2]
 
 
 def test_outs_appear_when_the_body_is_through_and_replace_the_old(here: Path) -> None:
