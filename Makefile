@@ -23,8 +23,9 @@ lint: .venv/ready
 bench: .venv/ready
 	$(BIN)/python bench/train.py
 
+# Nothing that took work: adapters in .dvc/cache, checkpoints in .work and runs in mlruns stay.
 clean:
-	rm -rf build reports dist .work mlruns .dvc/tmp .dvc/cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build reports dist .dvc/tmp .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 setup: .venv/ready
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -22,11 +23,12 @@ app = typer.Typer(
 def run(
     stage: Annotated[str | None, typer.Argument(help="Bring only this stage and those before it up to date.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change params.yaml first.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Run even what is up to date, from scratch.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Run even what is up to date; training starts from scratch.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and why, and change nothing.")] = False,
 ) -> None:
     """Bring the pipeline up to date: DVC runs the stages whose inputs changed."""
     from pipeline.config import load_params
+    from pipeline.dataset.sidecar import require_folder
     from pipeline.dvc import reproduce
     from pipeline.edit import preview_values, set_values
     from pipeline.summary import print_status, print_summary
@@ -35,13 +37,11 @@ def run(
     workspace = Workspace.here()
     _check_stage_name(stage)
     if dry_run:
-        for change in preview_values(workspace, set_ or []):
-            typer.echo(f"would set {change}")
-        print_status(workspace, up_to=stage)
+        print_status(workspace, up_to=stage, pending=preview_values(workspace, set_ or []))
         return
     for change in set_values(workspace, set_ or []):
         typer.echo(f"params.yaml: {change}")
-    load_params(workspace.params)
+    require_folder(workspace.root / load_params(workspace.params).dataset.path)
     code, outcomes = reproduce(workspace, stage, force)
     print_summary(workspace, outcomes)
     if code:
@@ -126,8 +126,6 @@ def sync() -> None:
 @app.command()
 def ui(port: Annotated[int, typer.Option(help="On this machine.")] = 5000) -> None:
     """Open MLflow's UI on this project's store."""
-    import os
-
     from pipeline.config import load_params
     from pipeline.tracking import default_uri
     from pipeline.workspace import Workspace
@@ -173,6 +171,8 @@ def _exit_code(dvc_code: int, outcomes: list[str]) -> int:
 
 def main() -> None:
     """Entry point: errors that are the user's to mend are one message, without a traceback."""
+    for name in ("HF_HUB_DISABLE_TELEMETRY", "MLFLOW_DISABLE_TELEMETRY"):
+        os.environ.setdefault(name, "true")
     try:
         app()
     except AlreadyRunning as error:

@@ -31,7 +31,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
     """Write `folder/step-…/` atomically, then delete all but the newest `keep`."""
     target = folder / f"{_PREFIX}{checkpoint.step:08d}"
     if target.exists():
-        shutil.rmtree(target)
+        return  # the folder's fingerprint and the step settle the content
     with atomic_directory(target) as partial:
         tensors, numbers = _split(checkpoint.optimiser)
         write_safetensors(partial / "adapter.safetensors", checkpoint.adapter)

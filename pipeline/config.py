@@ -17,6 +17,16 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from pipeline.errors import UserError
 
+Metric = Literal[
+    "base_held_out_loss",
+    "held_out_loss",
+    "held_out_loss_ratio",
+    "base_train_loss",
+    "train_loss",
+    "base_clip_score",
+    "clip_score",
+    "style_shift",
+]  # what validate measures
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Revision = Annotated[str, Field(pattern=r"^([0-9a-f]{40}|sha256:[0-9a-f]{64})$")] | None
@@ -38,7 +48,7 @@ class Dataset(Section):
     trigger: str = ""
     held_out_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.1
     max_rejected: Annotated[int, Field(ge=0)] = 0
-    max_pixels: PositiveInt = 100_000_000
+    max_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = 100_000_000  # the bound is Pillow's own
 
 
 class Model(Section):
@@ -172,10 +182,20 @@ class Params(Section):
     lora: Lora
     train: Train
     validate_: Annotated[Validate, Field(alias="validate")]
-    gate: dict[str, Threshold]
+    gate: dict[Metric, Threshold]
     export: Export
     runtime: Runtime
     tracking: Tracking
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Params:
+        if self.runtime.micro_batch and self.lora.dropout > 0:
+            raise ValueError("runtime.micro_batch would change the masks of lora.dropout: set one of them to null or 0")
+        if not self.dataset.held_out_fraction and any("held_out" in name for name in self.gate):
+            raise ValueError("gate: a held-out loss is gated, but dataset.held_out_fraction is 0: nothing is held out")
+        if not self.validate_.clip_model and any("clip" in name or "style" in name for name in self.gate):
+            raise ValueError("gate: a CLIP metric is gated, but validate.clip_model is null")
+        return self
 
     def section(self, name: str) -> Any:
         """The normalised values of one section, as JSON types: equal for `2e-4` and `0.0002`, whatever the key order."""
@@ -229,7 +249,7 @@ def check_params(document: CommentedMap, where: str = "params.yaml") -> Params:
 
 def _explain(document: CommentedMap, fault: dict[str, Any], where: str) -> str:
     """One line for a person out of one of pydantic's errors."""
-    loc = tuple(part for part in fault["loc"] if part != "function-after[_no_repeats(), Validate]")
+    loc = tuple(part for part in fault["loc"] if part != "[key]")
     dotted = ".".join(str(part) for part in loc)
     line = _line_of(document, loc)
     place = f"{where}:{line}" if line else where

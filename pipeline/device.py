@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from pipeline.errors import UserError
@@ -24,6 +26,9 @@ def pick_device(wanted: str) -> torch.device:
     if not there:
         raise UserError(f"runtime.device: {wanted} is not available here (torch {torch.__version__}): use auto or cpu")
     if device.type == "cuda":
-        torch.backends.cudnn.deterministic = True
+        torch.cuda.set_device(device.index or 0)  # Accelerate takes the current one
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.allow_tf32 = False  # float32 means float32
     return device

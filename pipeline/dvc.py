@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,11 @@ def reproduce(workspace: Workspace, stage: str | None, force: bool) -> tuple[int
     return (130 if interrupted and code == 0 else code), outcomes
 
 
-def status(workspace: Workspace) -> list[StageStatus]:
+def status(workspace: Workspace, pending: Sequence[str] = ()) -> list[StageStatus]:
     """Ask DVC which stages changed, and say why in words.
+
+    Args:
+        pending: `section.key old → new`, changes that are only considered: counted as made.
 
     Raises:
         UserError: DVC cannot tell.
@@ -98,6 +102,7 @@ def status(workspace: Workspace) -> list[StageStatus]:
             reasons = ["has never run"]
         else:
             reasons = _reasons(changed.get(name, []), locked[name], current)
+            reasons += [change for change in pending if change.split(".")[0] in declaration.params]
             stale = {producer[d] for d in declaration.deps if d in producer}
             reasons += [f"after {s.name}" for s in statuses if s.name in stale and s.reasons]
         producer |= dict.fromkeys(declaration.outs, name)

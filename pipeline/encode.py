@@ -19,7 +19,7 @@ from pipeline.families.base import Family
 from pipeline.model_source import LocalModel
 from pipeline.progress import progress, say
 
-_PICTURES, _CAPTIONS = 8, 64  # per forward pass; small enough for any card that can train
+_PICTURES, _CAPTIONS = 8, 16  # per forward pass, at 512×512 pixels; larger pictures go in smaller batches
 _KEEP_EVERY = 64  # pictures per segment: what a kill can cost
 
 
@@ -104,8 +104,16 @@ def _encode_captions(
     with progress("encoding captions", len(keys), "captions") as bar:
         for chunk in _chunks(keys, _CAPTIONS):
             check_stop()
-            named = family.encode_captions(encoders, [todo[k] for k in chunk])
-            store.add({key: {part: values[i].to(dtype) for part, values in named.items()} for i, key in enumerate(chunk)})
+            # always a full batch: the last bits of a value must not depend on what else is encoded with it
+            padded = [todo[k] for k in chunk] + [""] * (_CAPTIONS - len(chunk))
+            named = family.encode_captions(encoders, padded)
+            entries = {key: {part: values[i].to(dtype) for part, values in named.items()} for i, key in enumerate(chunk)}
+            for key, entry in entries.items():
+                if not all(values.isfinite().all() for values in entry.values()):
+                    raise UserError(
+                        f"the caption {todo[key][:100]!r} has no finite embedding in {dtype}: set encode.dtype to float32"
+                    )
+            store.add(entries)
             bar.advance(len(chunk))
 
 
@@ -122,26 +130,36 @@ def _encode_pictures(
 ) -> None:
     vae = family.load_vae(model, device)
     pending: dict[str, Entry] = {}
-    # pictures of one size share a batch; both sides of a flip follow each other, so a file is decoded once or twice
+    # pictures of one size share a batch; both sides of a flip follow each other
     keys = sorted(todo, key=lambda k: (todo[k][0].geometry.size, todo[k][0].path, todo[k][1]))
-    with progress("encoding pictures", len(keys), "pictures") as bar:
-        for chunk in _batches_of_one_size(keys, todo):
-            check_stop()
-            pixels = torch.stack([_pixels(folder, *todo[key]) for key in chunk]).to(device)
-            posterior = family.encode_pixels(vae, pixels)
-            for i, key in enumerate(chunk):
-                mean, std = posterior.mean[i].to(dtype).cpu(), posterior.std[i].to(dtype).cpu()
-                if not (mean.isfinite().all() and std.isfinite().all()):
-                    raise UserError(
-                        f"{todo[key][0].path}: its latents are not finite in {dtype}: set encode.dtype to float32 or bfloat16, "
-                        "or look at the picture"
-                    )
-                pending[key] = {"mean": mean, "std": std, "geometry": geometry_condition(*todo[key])}
-            if len(pending) >= _KEEP_EVERY:
-                store.add(pending)
-                pending = {}
-            bar.advance(len(chunk))
-    store.add(pending)
+    try:
+        with progress("encoding pictures", len(keys), "pictures") as bar:
+            for chunk in _batches_of_one_size(keys, todo):
+                check_stop()
+                pixels = [_pixels(folder, *todo[key]) for key in chunk]
+                # always a full batch, as with captions
+                full = torch.stack(pixels + [pixels[-1]] * (_batch_size(todo[chunk[0]][0]) - len(chunk)))
+                posterior = family.encode_pixels(vae, full.to(device))
+                for i, key in enumerate(chunk):
+                    mean, std = posterior.mean[i].to(dtype).cpu(), posterior.std[i].to(dtype).cpu()
+                    if not (mean.isfinite().all() and std.isfinite().all()):
+                        raise UserError(
+                            f"{todo[key][0].path}: its latents are not finite in {dtype}: set encode.dtype to float32 or "
+                            "bfloat16, or look at the picture"
+                        )
+                    pending[key] = {"mean": mean, "std": std, "geometry": geometry_condition(*todo[key])}
+                if len(pending) >= _KEEP_EVERY:
+                    store.add(pending)
+                    pending = {}
+                bar.advance(len(chunk))
+    finally:
+        store.add(pending)
+
+
+def _batch_size(sample: Sample) -> int:
+    """Pictures per forward pass of the VAE, whose memory grows with their area."""
+    width, height = sample.geometry.size
+    return max(1, min(_PICTURES, _PICTURES * 512 * 512 // (width * height)))
 
 
 def geometry_condition(sample: Sample, flipped: bool) -> Tensor:
@@ -175,7 +193,7 @@ def _pixels(folder: Path, sample: Sample, flipped: bool) -> Tensor:
 def _batches_of_one_size(keys: Sequence[str], todo: dict[str, tuple[Sample, bool]]) -> Iterator[list[str]]:
     batch: list[str] = []
     for key in keys:
-        if batch and (len(batch) == _PICTURES or todo[key][0].geometry.size != todo[batch[0]][0].geometry.size):
+        if batch and (len(batch) == _batch_size(todo[key][0]) or todo[key][0].geometry.size != todo[batch[0]][0].geometry.size):
             yield batch
             batch = []
         batch.append(key)

@@ -44,7 +44,8 @@ class LocalModel:
         if self.commit:
             return hash_json([self.commit, self.variant, sorted(components)])
         roots = [self.path / c for c in components] if components else [self.path]
-        return hash_json({p.relative_to(self.path).as_posix(): hash_file(p) for root in roots for p in _content_files(root)})
+        files = {p.relative_to(self.path).as_posix(): hash_file(p) for root in roots for p in _content_files(root)}
+        return hash_json([self.variant, files])
 
 
 def pin_of(folder: Path) -> str:
@@ -117,7 +118,9 @@ def _resolve_hub(source: ModelSource, key: str) -> LocalModel:
         path = snapshot_download(
             source.base,
             revision=source.revision,
-            allow_patterns=["*.json", "*.txt", "*.model", f"*/{weights}", weights],
+            # `*` crosses folders: without the second list it takes every variant, and the single-file copies beside them
+            allow_patterns=["*.json", "*.txt", "*.model", f"*/{weights}", "model.safetensors", "model-*.safetensors"],
+            ignore_patterns=[] if source.variant else ["*/*.*.safetensors", "safety_checker/*"],
         )
     except RepositoryNotFoundError:
         raise UserError(

@@ -8,6 +8,7 @@ saves its work and leaves.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -59,6 +60,12 @@ class Snapshot:
         """Names the work directory, so that a checkpoint is never resumed under other settings."""
         return hash_json([self.params, self.deps, self.base])[:16]
 
+    @property
+    def identity(self) -> str:
+        """Names the result: like the fingerprint, but without the code, so that a comment there makes no other adapter."""
+        data = {path: files for path, files in self.deps.items() if not path.startswith(("pipeline/", "stages/"))}
+        return hash_json([self.params, data, self.base])[:16]
+
 
 @dataclass
 class StopRequest:
@@ -89,7 +96,7 @@ class Stage:
     params: Params
     workspace: Workspace
     work: Path
-    fingerprint: str
+    identity: str
     stop: StopRequest
 
     def source(self) -> ModelSource:
@@ -114,23 +121,23 @@ def run_stage(name: str, body: Callable[[Stage], None], after: Callable[[Stage],
     workspace = Workspace.here()
     say(f"{name}: reading its inputs")
     stop = StopRequest()
-    with _signals_to(stop), _journal(workspace, name) as entry:
+    with _disk_full_is_the_users(workspace), _signals_to(stop), _journal(workspace, name):
         declaration = declared(workspace, name)
         params = load_params(workspace.params)
         before = snapshot(workspace, declaration, params)
-        entry["fingerprint"] = before.fingerprint
         work = workspace.work / name / before.fingerprint
         work.mkdir(parents=True, exist_ok=True)
-        with _lock(work, name), _disk_full_is_the_users(work):
+        with _lock(work, name):
             if os.environ.get("REPROLORA_FORCE") == "1":
                 _empty(work)
             shutil.rmtree(work / "outs", ignore_errors=True)
-            stage = Stage(name, params, workspace, work, before.fingerprint, stop)
+            stage = Stage(name, params, workspace, work, before.identity, stop)
             body(stage)
             _refuse_edits(workspace, declaration, before, name)
             _publish(stage, declaration)
             if after:
                 after(stage)
+                _refuse_edits(workspace, declaration, before, name)  # DVC reads the parameters only after this
 
 
 def declared(workspace: Workspace, name: str) -> Declaration:
@@ -180,8 +187,9 @@ def snapshot(workspace: Workspace, declaration: Declaration, params: Params) -> 
 def differences(before: Snapshot, after: Snapshot) -> list[str]:
     """What changed, one line each: `train.learning_rate 0.0001 → 0.0002`, `build/encoded`, …"""
     lines = value_changes(before.params, after.params)
-    for dep, files in before.deps.items():
-        changed = sorted(name for name in files.keys() | after.deps[dep].keys() if files.get(name) != after.deps[dep].get(name))
+    for dep in {**before.deps, **after.deps}:
+        old, new = before.deps.get(dep, {}), after.deps.get(dep, {})
+        changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
         if changed:
             lines.append(dep if changed == ["."] else f"{dep}: {', '.join(changed[:3])}{' …' if len(changed) > 3 else ''}")
     lines += [f"the files of {section}'s model" for section in before.base if before.base[section] != after.base.get(section)]
@@ -208,7 +216,7 @@ def _short(value: Any) -> str:
 def _refuse_edits(workspace: Workspace, declaration: Declaration, before: Snapshot, name: str) -> None:
     try:
         after = snapshot(workspace, declared(workspace, name), load_params(workspace.params))
-        changed = differences(before, after) if after.deps.keys() == before.deps.keys() else ["dataset.path"]
+        changed = differences(before, after)
     except UserError as error:
         changed = [str(error)]
     if changed:
@@ -225,7 +233,8 @@ def _publish(stage: Stage, declaration: Declaration) -> None:
         staged, final = stage.work / "outs" / out, stage.workspace.root / out
         assert staged.exists(), f"{stage.name} did not write its out {out}"
         final.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():
+            shutil.rmtree(final)  # were it left, the new folder would be moved into it
         shutil.move(staged, final)
     shutil.rmtree(stage.work / "outs")
 
@@ -255,7 +264,7 @@ def _lock(work: Path, name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _journal(workspace: Workspace, name: str) -> Iterator[dict[str, Any]]:
+def _journal(workspace: Workspace, name: str) -> Iterator[None]:
     """Append a line when the execution starts and one on how it went; `status` and the summary of `run` read them."""
     start = time.time()
     entry: dict[str, Any] = {"stage": name, "run": os.environ.get("REPROLORA_RUN", ""), "outcome": "failed"}
@@ -267,7 +276,7 @@ def _journal(workspace: Workspace, name: str) -> Iterator[dict[str, Any]]:
 
     write(outcome="started")  # all that a killed stage leaves behind
     try:
-        yield entry
+        yield
         entry["outcome"] = "done"
     except Interrupted:
         entry["outcome"] = "interrupted"
@@ -279,35 +288,39 @@ def _journal(workspace: Workspace, name: str) -> Iterator[dict[str, Any]]:
         entry["outcome"] = "refused"
         raise
     finally:
-        write(seconds=round(time.time() - start, 3))
+        with contextlib.suppress(OSError):  # on a full disk the reason matters more than the record
+            write(seconds=round(time.time() - start, 3))
 
 
 @contextmanager
-def _disk_full_is_the_users(work: Path) -> Iterator[None]:
+def _disk_full_is_the_users(workspace: Workspace) -> Iterator[None]:
     """A full disk is no bug of ours: say so."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        free = shutil.disk_usage(work).free / 2**20
-        where = error.filename or work
+        free = shutil.disk_usage(workspace.home).free / 2**20
+        where = error.filename or workspace.work
         raise UserError(
-            f"the disk is full: {where} could not be written ({free:.0f} MiB free at {work}). "
+            f"the disk is full: {where} could not be written ({free:.0f} MiB free at {workspace.home}). "
             "What was finished is kept: make room (`.work/` and `.dvc/cache` are the large ones) and run again"
         ) from error
 
 
 @contextmanager
 def _signals_to(stop: StopRequest) -> Iterator[None]:
-    """Turn SIGTERM, Ctrl-C and the parent's death into a request to stop; a second Ctrl-C stops at once."""
+    """Turn SIGTERM, Ctrl-C, a closed terminal and the parent's death into a request to stop; a second one stops at once."""
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        if stop() and number == signal.SIGINT:
+        if stop():
             raise KeyboardInterrupt
         stop.set(signal.Signals(number).name)
 
-    old = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup a closed terminal is to be ignored
+        numbers.append(signal.SIGHUP)
+    old = {number: signal.signal(number, on_signal) for number in numbers}
     _ask_kernel_about_parent()
     threading.Thread(target=_watch_parent, args=(stop,), daemon=True).start()
     try:

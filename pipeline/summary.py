@@ -18,9 +18,9 @@ _HEADLINES = {
 }
 
 
-def print_status(workspace: Workspace, up_to: str | None = None, as_json: bool = False) -> None:
-    """One block per stage: up to date, or each reason why it would run."""
-    statuses = status(workspace)
+def print_status(workspace: Workspace, up_to: str | None = None, as_json: bool = False, pending: Sequence[str] = ()) -> None:
+    """One block per stage: up to date, or each reason why it would run. `pending`: changes of parameters still to be made."""
+    statuses = status(workspace, pending)
     if up_to:
         last = [s.name for s in statuses].index(up_to)
         statuses = statuses[: last + 1]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import fcntl
+import http.client
 import json
 import os
 import queue
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Tracking
 from pipeline.errors import UserError
+from pipeline.files import hash_json, hash_tree
 from pipeline.progress import say
 from pipeline.stage import Stage
 from pipeline.workspace import ADAPTER, DIST, TRAIN_REPORT, VALIDATE_REPORT, Workspace
@@ -53,7 +55,6 @@ class Run:
     metrics: dict[str, float]
     artifacts: tuple[Path, ...]
     curve: tuple[Row, ...] = ()
-    tags: tuple[tuple[str, str], ...] = ()
 
 
 def mirror(stage: Stage) -> None:
@@ -115,7 +116,7 @@ def _send_live(stage: Stage, incoming: queue.Queue[list[Row] | None]) -> None:
     try:
         client, experiment = connect(stage.workspace, stage.params.tracking)
         fresh = os.environ.get("REPROLORA_FORCE") == "1"
-        run = Run("train-lora", stage.fingerprint, _train_params(stage.params.model_dump(mode="json", by_alias=True)), {}, ())
+        run = Run("train-lora", stage.identity, _train_params(stage.params.model_dump(mode="json", by_alias=True)), {}, ())
         run_id = _find_or_create(client, experiment, run, parent=None, fresh=fresh)
         client.update_run(run_id, status="RUNNING")
         while open_:
@@ -187,16 +188,14 @@ def _refuse_unreachable(uri: str | None) -> None:
     parts = urllib.parse.urlsplit(uri or "")
     if parts.scheme not in ("http", "https"):
         return
+    server = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"  # without credentials: it is shown
     try:
-        with urllib.request.urlopen(f"{uri}/health", timeout=_ANSWER_SECONDS):
+        with urllib.request.urlopen(f"{server}{parts.path.rstrip('/')}/health", timeout=_ANSWER_SECONDS):
             pass
     except urllib.error.HTTPError:
         pass  # an answer: something that speaks HTTP is there
-    except OSError as error:
-        raise UserError(
-            f"the MLflow server {parts.scheme}://{parts.netloc.rpartition('@')[2]} does not answer ({error}): start it, or "
-            "change tracking.uri"
-        ) from None
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise UserError(f"the MLflow server {server} does not answer ({error}): start it, or change tracking.uri") from None
 
 
 @contextmanager
@@ -232,31 +231,31 @@ def _find_or_create(client: MlflowClient, experiment: str, run: Run, parent: str
 
 def _fill(client: MlflowClient, run_id: str, run: Run) -> bool:
     """Log what the run lacks; returns whether it lacked anything."""
-    from mlflow.entities import Metric, Param, RunTag
+    from mlflow.entities import Metric, Param
 
     have = client.get_run(run_id)
     now = int(time.time() * 1000)
     params = [Param(k, str(v)[:6000]) for k, v in run.params.items() if k not in have.data.params]
     metrics = [Metric(k, float(v), now, 0) for k, v in run.metrics.items() if have.data.metrics.get(k) != float(v)]
-    tags = [RunTag(k, v) for k, v in run.tags if have.data.tags.get(k) != v]
     for i in range(0, max(len(params), 1), 100):
-        if params[i : i + 100] or (i == 0 and (metrics or tags)):
-            client.log_batch(run_id, metrics if i == 0 else [], params[i : i + 100], tags if i == 0 else [])
+        if params[i : i + 100] or (i == 0 and metrics):
+            client.log_batch(run_id, metrics if i == 0 else [], params[i : i + 100])
     missing_rows = []
     if run.curve:
         logged = {m.step for m in client.get_metric_history(run_id, "loss")}
         missing_rows = [row for row in run.curve if int(row["step"]) not in logged]
         _log_rows(client, run_id, missing_rows)
     uploaded = False
+    folders = {"samples" if path.parent.name == "samples" else None for path in run.artifacts}
+    listed = {a.path for folder in folders for a in client.list_artifacts(run_id, folder)}
     for path in run.artifacts:
-        folder = path.parent.name if path.parent.name == "samples" else None
-        listed = {Path(a.path).name for a in client.list_artifacts(run_id, folder)}
-        if path.name not in listed:
+        folder = "samples" if path.parent.name == "samples" else None
+        if (f"{folder}/{path.name}" if folder else path.name) not in listed:
             client.log_artifact(run_id, str(path), folder)
             uploaded = True
     if have.info.status != "FINISHED":
         client.set_terminated(run_id, "FINISHED")
-    return bool(params or metrics or tags or missing_rows or uploaded or have.info.status != "FINISHED")
+    return bool(params or metrics or missing_rows or uploaded or have.info.status != "FINISHED")
 
 
 def _log_rows(client: MlflowClient, run_id: str, rows: list[Row]) -> None:
@@ -279,7 +278,7 @@ def _runs_of_files(workspace: Workspace) -> list[Run]:
     runs = [
         Run(
             "train-lora",
-            training["fingerprint"],
+            training["identity"],
             _train_params(training),
             {"final_loss": _json(root / TRAIN_REPORT / "metrics.json")["final_loss"]},
             (root / ADAPTER / "adapter.safetensors", root / ADAPTER / "training.json"),
@@ -290,12 +289,12 @@ def _runs_of_files(workspace: Workspace) -> list[Run]:
     if not (report / "validation.json").is_file():
         return runs
     validation = _json(report / "validation.json")
-    if validation["adapter_fingerprint"] != training["fingerprint"]:
+    if validation["adapter_identity"] != training["identity"]:
         return runs
     runs.append(
         Run(
             "validate",
-            validation["fingerprint"],
+            validation["identity"],
             _flat({"validate": validation["settings"]}),
             _json(report / "metrics.json"),
             (report / "before-after.png", report / "scales.png", *sorted((report / "samples").glob("*.png"))),
@@ -305,12 +304,12 @@ def _runs_of_files(workspace: Workspace) -> list[Run]:
     if not (dist / "lineage.json").is_file():
         return runs
     lineage = _json(dist / "lineage.json")
-    if lineage["validation"] == validation["fingerprint"] and lineage["training"] == training["fingerprint"]:
+    if lineage["validation"] == validation["identity"] and lineage["training"] == training["identity"]:
         gate = _json(dist / "gate.json")
         runs.append(
             Run(
                 "export-and-card",
-                lineage["file"][:16],
+                hash_json(hash_tree(dist))[:16],  # another card or verdict is another run
                 {f"lineage.{k}": v for k, v in lineage.items()},
                 {"gate_passed": float(gate["passed"])},
                 tuple(p for p in sorted(dist.iterdir()) if p.is_file()),

@@ -34,12 +34,12 @@ def main(stage: Stage) -> None:
     metrics, dataset = read(VALIDATE_REPORT / "metrics.json"), read(DATASET / "dataset.json")
     if validation["adapter_sha256"] != hash_file(root / ADAPTER / "adapter.safetensors"):
         raise UserError(f"{VALIDATE_REPORT} judges another adapter than {ADAPTER} holds: run validate first")
-    findings = judge(metrics, params.gate)
+    findings = judge(metrics, {str(name): threshold for name, threshold in params.gate.items()})
     passed = all(f.passed for f in findings)
     lineage = {
         "dataset": hash_json(hash_tree(root / DATASET)),
         "base": training["model"]["revision"] or "unpinned",
-        "training": training["fingerprint"],
+        "training": training["identity"],
         "adapter": validation["adapter_sha256"],
     }
     path = write_diffusers(
@@ -53,7 +53,7 @@ def main(stage: Stage) -> None:
         {"reprolora": json.dumps({"name": settings.name, "trigger": dataset["trigger"], "lineage": lineage}, sort_keys=True)},
     )
     # how the adapter was judged is no part of the file: other prompts must not change its bytes
-    lineage |= {"validation": validation["fingerprint"], "file": hash_file(path)}
+    lineage |= {"validation": validation["identity"], "file": hash_file(path)}
     for picture in ("before-after.png", "scales.png"):
         shutil.copyfile(root / VALIDATE_REPORT / picture, out / picture)
     write_json(out / "lineage.json", lineage)

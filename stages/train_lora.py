@@ -51,7 +51,7 @@ def main(stage: Stage) -> None:
     write_json(
         stage.out(ADAPTER) / "training.json",
         {
-            "fingerprint": stage.fingerprint,
+            "identity": stage.identity,
             "family": kind.name,
             "denoiser_key": kind.denoiser_key,
             "trainable_parameters": trainable,

@@ -102,8 +102,8 @@ def main(stage: Stage) -> None:
     write_json(
         out / "validation.json",
         {
-            "fingerprint": stage.fingerprint,
-            "adapter_fingerprint": training["fingerprint"],
+            "identity": stage.identity,
+            "adapter_identity": training["identity"],
             "adapter_sha256": hash_file(root / ADAPTER / "adapter.safetensors"),
             "held_out_samples": len(encodings.samples("held-out")),
             "train_samples": len(encodings.samples("train")),

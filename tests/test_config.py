@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,10 @@ def test_every_key_of_the_models_stands_in_the_shipped_file_with_a_comment() -> 
     for section in SECTIONS:
         if section != "gate":
             assert list(document[section]) == list(full[section]), section
+            for key in document[section]:
+                assert re.search(rf"^(  # .*\n)*  {key}:.* # |^  # .*\n  {key}:", SHIPPED, re.M), (
+                    f"{section}.{key} has no comment"
+                )
 
 
 def test_unknown_key_names_the_nearest_and_its_line(tmp_path: Path) -> None:

@@ -144,6 +144,12 @@ def test_the_split_is_by_content_and_new_pictures_move_none(folder: Path, tmp_pa
     assert 3 <= sum(side == "held-out" for side in after.values()) <= 22
 
 
+def test_where_chance_holds_nothing_out_one_picture_is(folder: Path) -> None:
+    few = run(folder, held_out_fraction=1e-9)[0].samples
+    assert [s.split for s in few].count("held-out") == 1
+    assert all(s.split == "train" for s in run(folder, held_out_fraction=0.0)[0].samples)
+
+
 @given(st.binary(min_size=32, max_size=32), st.floats(0, 0.5), st.floats(0, 0.5))
 def test_raising_the_fraction_only_moves_pictures_out_of_training(digest: bytes, a: float, b: float) -> None:
     low, high = sorted((a, b))

@@ -80,7 +80,16 @@ def test_dtype_is_as_asked_and_metadata_is_kept(tmp_path: Path) -> None:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     assert metadata["format"] == "pt" and metadata["reprolora"] == "{}"
-    assert json.loads(metadata["lora_adapter_metadata"])["unet.lora_alpha"] == 3.0
+    assert json.loads(metadata["lora_adapter_metadata"])["unet.lora_alpha"] == 2
+
+
+def test_the_scale_is_in_the_weights_for_loaders_that_read_no_config(tmp_path: Path) -> None:
+    """ComfyUI takes α = rank where the file has no α tensors."""
+    a, b = torch.randn(2, 8), torch.randn(8, 2)
+    weights = {"down.to_q.lora_A.weight": a, "down.to_q.lora_B.weight": b}
+    loaded = load_file(write_diffusers(tmp_path, weights, "unet", 2, 3.0, ("to_q",), torch.float32, {}))
+    delta = loaded["unet.down.to_q.lora_B.weight"] @ loaded["unet.down.to_q.lora_A.weight"]
+    torch.testing.assert_close(delta, 3.0 / 2 * b @ a)
 
 
 def test_the_same_content_gives_the_same_bytes_in_every_process(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_export_and_gate_run_export(project: Project) -> None:
     assert "FAILED" in project.path("dist/adapter/README.md").read_text()
     project.set("gate", no_such_metric={"max": 1.0})
     done = project.cli("run")
-    assert done.returncode == 2 and "gate.no_such_metric: no such metric was measured; there are:" in done.stderr
+    assert done.returncode == 2 and "gate.no_such_metric" in done.stderr and "'held_out_loss_ratio'" in done.stderr
 
 
 def test_validate_runs_validate_and_export(project: Project) -> None:
@@ -176,7 +176,7 @@ def test_status_and_dry_run_say_why(project: Project) -> None:
     assert "prepare-dataset: data modified (took" in told
     assert "  train.learning_rate 0.01 → 0.02" in told and "  after precompute-latents-and-embeddings" in told
     assert "  validate.seeds [0] → [1]" in told or "  validate.seeds (unset) → [1]" in told
-    assert "would set lora.rank 2 → 3" in dry and project.params()["lora"]["rank"] == 2
+    assert "  lora.rank 2 → 3" in dry and project.params()["lora"]["rank"] == 2
     assert project.executed() == []
 
 
@@ -214,8 +214,9 @@ def test_tracked_outs_hold_nothing_of_this_machine_or_moment(project: Project) -
         for path in sorted(project.path(top).rglob("*")):
             if path.is_file() and path.suffix in (".json", ".jsonl", ".csv", ".md"):
                 text = path.read_text(encoding="utf-8")
-                for foreign in (str(project.root), str(Path.home()), socket.gethostname(), time.strftime("%Y-%m")):
-                    assert foreign not in re.findall(r"\S+", text) and str(project.root) not in text, (path, foreign)
+                host = re.escape(socket.gethostname())
+                for foreign in (re.escape(str(project.root)), rf"\b{host}\b", time.strftime("%Y-%m-%d")):
+                    assert not re.search(foreign, text), (path, foreign)
 
 
 @pytest.mark.slow

@@ -50,7 +50,7 @@ def noting(seen: list[str]):
     """A body that notes its fingerprint."""
 
     def run(stage: Stage) -> None:
-        seen.append(stage.fingerprint)
+        seen.append((stage.work.name, stage.identity))
         body(stage)
 
     return run
@@ -132,7 +132,7 @@ def test_the_work_directory_is_named_by_all_that_matters(here: Path) -> None:
     (here / "data" / "a.txt").write_text("other")
     run()
     assert len(set(seen)) == 3
-    assert (here / ".work/first" / seen[0]).is_dir()
+    assert (here / ".work/first" / seen[0][0]).is_dir()
 
 
 def test_a_full_disk_is_told_in_words(here: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,7 @@ def decode(path: Path, max_pixels: int) -> Image.Image:
         raise BadImage("is not a picture that can be read") from None
     except Image.DecompressionBombError as error:
         raise BadImage(f"is too large: {error}") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError, OverflowError, struct.error) as error:
         raise BadImage(f"is damaged: {error}") from None
     if upright.has_transparency_data:
         layer = upright.convert("RGBA")

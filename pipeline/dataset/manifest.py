@@ -55,7 +55,7 @@ def write_manifest(out: Path, manifest: Manifest, rejects: Iterable[Reject]) -> 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest that `write_manifest` wrote."""
     head = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-    lines = (folder / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (folder / "manifest.jsonl").read_text(encoding="utf-8").split("\n")[:-1]  # JSON lets U+2028 through
     return Manifest(head["folder"], head["trigger"], tuple(_sample(json.loads(line)) for line in lines))
 
 

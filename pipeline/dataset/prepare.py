@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.config import Dataset
@@ -37,6 +38,10 @@ def prepare(root: Path, settings: Dataset, check_stop: Callable[[], None]) -> tu
                 caption = with_trigger(item.caption, settings.trigger)
                 samples.append(Sample(item.path, pixels, geometry, caption, split_of(pixels, settings.held_out_fraction)))
             bar.advance()
+    if settings.held_out_fraction and len(samples) > 1 and all(s.split == "train" for s in samples):
+        # few pictures and chance: one is held out all the same, or nothing could be measured
+        least = min(samples, key=lambda s: s.pixels)
+        samples = [replace(s, split="held-out") if s.pixels == least.pixels else s for s in samples]
     return Manifest(settings.path, settings.trigger, tuple(samples)), sorted(rejects, key=lambda r: r.path)
 
 

@@ -33,8 +33,7 @@ def scan(folder: Path, caption_extension: str) -> tuple[list[Found], list[Reject
     Raises:
         UserError: the folder is missing or holds no picture.
     """
-    if not folder.is_dir():
-        raise UserError(f"dataset.path: {folder} is no folder: give the folder that holds your pictures and captions")
+    require_folder(folder)
     files = {
         p.relative_to(folder).as_posix(): p
         for p in sorted(folder.rglob("*"))
@@ -52,7 +51,9 @@ def scan(folder: Path, caption_extension: str) -> tuple[list[Found], list[Reject
     for name in images:
         stem = Path(name).with_suffix("").as_posix()
         sidecar = stem + caption_extension
-        if stem in stems:
+        if not name.isprintable():
+            rejects.append(Reject(ascii(name), "has a name that cannot be printed: rename it"))
+        elif stem in stems:
             rejects.append(Reject(name, f"shares its caption file with {stems[stem]}: give one of them another name"))
         elif sidecar not in captions:
             rejects.append(Reject(name, f"has no caption: {sidecar} is missing"))
@@ -70,6 +71,12 @@ def scan(folder: Path, caption_extension: str) -> tuple[list[Found], list[Reject
         if Path(name).with_suffix("").as_posix() not in image_stems:
             rejects.append(Reject(name, "is a caption without a picture of the same name"))
     return found, rejects
+
+
+def require_folder(folder: Path) -> None:
+    """Raise `UserError` where the dataset's folder is not there."""
+    if not folder.is_dir():
+        raise UserError(f"dataset.path: {folder} is no folder: give the folder that holds your pictures and captions")
 
 
 def _inside(path: Path, folder: Path) -> bool:

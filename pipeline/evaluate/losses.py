@@ -60,7 +60,7 @@ def mean_loss(
             text = {part: torch.stack([entry[part] for entry in texts]).to(device, dtype) for part in texts[0]}
             geometry = torch.stack([encodings.read(s.latents[0])["geometry"] for s, _ in group]).to(device)
             predicted = family.predict(denoiser, objective.noised(x_0, noise, t).to(dtype), t, text, geometry)
-            total += mse_per_sample(predicted, objective.target(x_0, noise, t)).double().sum().item()
+            total += mse_per_sample(predicted, objective.target(x_0, noise, t)).cpu().double().sum().item()
         bar.advance(len(chunk))
     return total / len(pairs)
 

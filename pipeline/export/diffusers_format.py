@@ -24,20 +24,25 @@ def write_diffusers(
     dtype: torch.dtype,
     metadata: dict[str, str],
 ) -> Path:
-    """Write PEFT-named weights under `<denoiser_key>.`, with the adapter's config in `lora_adapter_metadata`: without it a
-    loader takes α = rank.
+    """Write PEFT-named weights under `<denoiser_key>.`, with the adapter's config in `lora_adapter_metadata`.
+
+    α / r is multiplied into B and α = r is stated: a loader that does not read the config takes the scale for 1, and is right.
 
     Args:
         metadata: further text entries of the header; must hold nothing that changes from run to run.
     """
-    config = {"r": rank, "lora_alpha": alpha, "target_modules": sorted(targets), "peft_type": "LORA"}
+    config = {"r": rank, "lora_alpha": rank, "target_modules": sorted(targets), "peft_type": "LORA"}
     header = {
         "format": "pt",
         "lora_adapter_metadata": json.dumps({f"{denoiser_key}.{k}": v for k, v in config.items()}, sort_keys=True),
         **metadata,
     }
+    scaled = {
+        f"{denoiser_key}.{name}": (tensor * (alpha / rank) if ".lora_B." in name else tensor).to(dtype)
+        for name, tensor in weights.items()
+    }
     path = folder / FILE_NAME
-    write_safetensors(path, {f"{denoiser_key}.{name}": tensor.to(dtype) for name, tensor in weights.items()}, header)
+    write_safetensors(path, scaled, header)
     return path
 
 
