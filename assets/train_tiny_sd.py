@@ -23,7 +23,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from world import SIZE, Scene, draw, draw_anything, is_held_out, random_caption, random_scene
+from world import SIZE, SIZES, Scene, draw, draw_anything, is_held_out, random_caption, random_scene
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE / "tiny-sd"
@@ -38,11 +38,12 @@ class Phase:
     steps: int
     horizon: int
     timesteps: str
+    sizes: tuple[float, float, float] = (1, 1, 1)  # how often small, medium and large shapes are shown
 
 
 # All noise levels first: places, sizes and colours are settled at high noise. Then mostly the middle, which settles shapes:
 # after the first phase colours and backgrounds are right and every shape is a blob.
-PHASES = (Phase(1200, 2000, "uniform"), Phase(1400, 1400, "logit-normal"))
+PHASES = (Phase(1200, 2000, "uniform"), Phase(800, 1400, "logit-normal"), Phase(1200, 2000, "logit-normal", (1, 4, 10)))
 
 
 def main() -> None:
@@ -214,10 +215,11 @@ def train_phase(
     parameters = list(models_.parameters())
     average = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
+    share = np.array([phase.sizes[list(SIZES).index(scene.size)] for scene in scenes])
     start = time.monotonic()
     for step in range(phase.steps):
         set_lr(optimizer, 1e-3, step, phase.horizon, warmup=100)
-        rows = rng.integers(0, len(scenes), 32)
+        rows = rng.choice(len(scenes), 32, p=share / share.sum())
         captions = ["" if rng.random() < 0.1 else random_caption(scenes[i], rng) for i in rows]
         tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
         x0 = mean[rows] + std[rows] * torch.randn(mean[rows].shape, generator=generator)
