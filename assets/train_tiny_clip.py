@@ -36,7 +36,7 @@ ATTRIBUTES = {
 def main() -> None:
     """Train, write the folder in float16, check what was written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=350)
     parser.add_argument("--pictures", type=int, default=12_000)
     args = parser.parse_args()
     torch.manual_seed(0)

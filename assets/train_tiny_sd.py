@@ -43,7 +43,7 @@ class Phase:
 
 # All noise levels first: places, sizes and colours are settled at high noise. Then mostly the middle, which settles shapes:
 # after the first phase colours and backgrounds are right and every shape is a blob.
-PHASES = (Phase(1200, 2000, "uniform"), Phase(800, 1400, "logit-normal"), Phase(1200, 2000, "logit-normal", (1, 4, 10)))
+PHASES = (Phase(1200, 2000, "uniform"), Phase(800, 1400, "logit-normal"), Phase(400, 2000, "logit-normal", (1, 4, 10)))
 
 
 def main() -> None:

@@ -261,6 +261,8 @@ def _explain(document: CommentedMap, fault: dict[str, Any], where: str) -> str:
     if fault["type"] == "missing":
         return f"{place}: {dotted} is missing: add it (presets/ shows every key with its meaning)"
     message = str(fault["msg"]).removeprefix("Value error, ")
+    if not loc:
+        return f"{where}: {message}"
     message = message[0].lower() + message[1:]
     value = fault["input"]
     shown = "" if isinstance(value, dict) else f" is {json.dumps(value, ensure_ascii=False)[:200]}"

@@ -101,6 +101,7 @@ def test_pin_fills_in_what_run_then_holds_to(project: Project) -> None:
     assert "are not the pinned ones" in refused(project, "run", "precompute-latents-and-embeddings")
 
 
+@pytest.mark.slow
 def test_generate_draws_with_and_without_the_adapter(project: Project) -> None:
     assert "run the pipeline first" in refused(project, "generate", "a red circle")
     assert project.cli("run").returncode == 0
@@ -110,12 +111,13 @@ def test_generate_draws_with_and_without_the_adapter(project: Project) -> None:
     assert len(paths) == 2 and all(Image.open(p).size == (32, 32) for p in paths)
     bare = project.cli("generate", "a red circle", "--seed", "5", "--adapter", "none", "--out", "pictures")
     assert bare.returncode == 0
-    without = project.path(bare.stdout.splitlines()[-1])
+    without = next(project.path(line) for line in bare.stdout.splitlines() if line.endswith(".png"))
     assert without.read_bytes() != paths[0].read_bytes()
     Path(project.path("evil.bin")).write_bytes(b"x")
     assert "a pickle can run code" in refused(project, "generate", "x", "--adapter", "evil.bin")
 
 
+@pytest.mark.slow
 def test_ui_serves_the_projects_store(project: Project) -> None:
     assert "there is nothing to show yet" in refused(project, "ui")
     project.path("mlruns").mkdir()
