@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=4.0)
     args = parser.parse_args()
     scenes = unseen_scenes()
-    pipeline = StableDiffusionPipeline.from_pretrained(HERE / "tiny-sd")
+    pipeline = StableDiffusionPipeline.from_pretrained(HERE / "tiny-sd", torch_dtype=torch.float32)
     base = generate(pipeline, scenes, args.guidance)
     pipeline.load_lora_weights(args.adapter, weight_name="pytorch_lora_weights.safetensors")
     adapted = generate(pipeline, scenes, args.guidance)

@@ -32,7 +32,9 @@ def check_all(workspace: Workspace) -> bool:
         ("pictures", lambda: _pictures(workspace, params.dataset.path, params.dataset.caption_extension)),
         (
             "base",
-            lambda: _model(workspace, ModelSource(params.model.base, params.model.revision, params.model.variant), "model.base"),
+            lambda: _model(
+                workspace, ModelSource(params.model.base, params.model.revision, params.model.variant), "model.base"
+            ),
         ),
     ]
     if clip:

@@ -157,7 +157,8 @@ def connect(workspace: Workspace, settings: Tracking) -> tuple[MlflowClient, str
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import logging
 
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    for chatty in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     from mlflow import MlflowClient
 
     with _creation_lock(workspace):

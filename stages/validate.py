@@ -147,6 +147,6 @@ def _grid(settings: Validate, samples: Path, scales: tuple[float, ...]) -> Image
     prompts, seed = settings.prompts[:_GRID_ROWS], settings.seeds[0]
     return labelled_grid(
         [[Image.open(samples / Shot(p, seed, s).file_name).convert("RGB") for s in scales] for p in prompts],
-        columns=["base" if s == 0 else f"with adapter × {s:g}" for s in scales],
+        columns=["base" if s == 0 else f"with adapter, weight {s:g}" for s in scales],
         row_captions=[f"{p}  (seed {seed})" for p in prompts],
     )

@@ -67,6 +67,7 @@ def test_gate_holds_thresholds_against_metrics() -> None:
     findings = judge({"a": 1.0, "b": 2.0}, {"a": Threshold(max=1.0), "b": Threshold(min=1.0, max=1.5)})
     assert [f.passed for f in findings] == [True, False]
     assert findings[1].sentence() == "b 2: fails (at least 1 and at most 1.5)"
+    assert findings[0].sentence() == "a 1: passes (at most 1)"
     assert judge({"a": 1.0}, {}) == []
     with pytest.raises(UserError, match=r"gate.c: no such metric was measured; there are: a, b"):
         judge({"a": 1.0, "b": 2.0}, {"c": Threshold(max=1)})

@@ -28,6 +28,7 @@ def imported(project: Project, stage: str) -> set[str]:
     return files
 
 
+@pytest.mark.slow
 def test_each_stages_code_is_its_deps(project: Project) -> None:
     """With tracking on, and the store of encodings empty: nothing that is imported late is missed."""
     project.set("tracking", enabled=True)

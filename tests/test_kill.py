@@ -148,6 +148,7 @@ def test_a_shell_between_dvc_and_the_stage_hides_nothing(project: Project, whole
     assert "going on from the checkpoint at step" in finish(project, whole)
 
 
+@pytest.mark.slow
 def test_ctrl_c_to_the_group_of_run(project: Project, whole: bytes) -> None:
     process = start_and_wait(project, sys.executable, "cli.py", "run", "train-lora")
     os.killpg(process.pid, signal.SIGINT)

@@ -140,6 +140,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@pytest.mark.slow
 def test_a_server_that_is_down_costs_seconds_and_sync_fills_the_gap(project: Project, server: str) -> None:
     down = f"http://127.0.0.1:{free_port()}"
     tracked(project, uri=down)

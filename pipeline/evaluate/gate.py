@@ -21,9 +21,8 @@ class Finding:
 
     def sentence(self) -> str:
         """`held_out_loss_ratio 0.62: passes (at most 0.95)`"""
-        bounds = [f"at least {self.minimum:g}"] * (self.minimum is not None) + [f"at most {self.maximum:g}"] * (
-            self.maximum is not None
-        )
+        limits = (("at least", self.minimum), ("at most", self.maximum))
+        bounds = [f"{word} {limit:g}" for word, limit in limits if limit is not None]
         return f"{self.metric} {self.value:.4g}: {'passes' if self.passed else 'fails'} ({' and '.join(bounds)})"
 
 
