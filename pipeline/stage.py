@@ -310,10 +310,10 @@ def _disk_full_is_the_users(workspace: Workspace) -> Iterator[None]:
 
 @contextmanager
 def _signals_to(stop: StopRequest) -> Iterator[None]:
-    """Turn SIGTERM, Ctrl-C, a closed terminal and the parent's death into a request to stop; a second one stops at once."""
+    """Turn SIGTERM, Ctrl-C, a closed terminal and the parent's death into a request to stop; a second Ctrl-C stops at once."""
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        if stop():
+        if number == signal.SIGINT and stop.reason == "SIGINT":  # when the parent dies, SIGTERM may follow our own notice
             raise KeyboardInterrupt
         stop.set(signal.Signals(number).name)
 
