@@ -1,6 +1,6 @@
 """Measure how well the embedded base `assets/tiny-sd/` obeys its captions, and fail if it does so too rarely.
 
-    python assets/check_tiny_sd.py                            # about two minutes on two cores
+    python assets/check_tiny_sd.py                            # about three minutes on one core
     python assets/check_tiny_sd.py --sheet assets/tiny-sd/samples.png
 
 Captions are drawn from the grammar with a fixed seed: half of them name a combination of shape, colour and background

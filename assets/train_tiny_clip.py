@@ -1,6 +1,6 @@
 """Train the embedded CLIP `assets/tiny-clip/`: it scores how well a picture of the world fits a caption.
 
-    python assets/train_tiny_clip.py          # about ten minutes on two cores
+    python assets/train_tiny_clip.py          # a quarter of an hour on one core
 
 Contrastive training in the manner of CLIP (Radford et al. 2021, arXiv 2103.00020) on pictures of the plain look, apart
 from the base model: the two share nothing but the grammar's tokenizer. Prints at the end how often the right caption
