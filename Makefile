@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-all lint bench clean setup
+.PHONY: demo test test-all lint bench bench-data clean setup
 
 demo: .venv/ready
 	$(BIN)/python cli.py run
@@ -22,6 +22,9 @@ lint: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python bench/train.py
+
+bench-data: .venv/ready
+	$(BIN)/python bench/data.py
 
 # Nothing that took work: adapters in .dvc/cache, checkpoints in .work and runs in mlruns stay.
 clean:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,12 @@ app = typer.Typer(
 )
 
 
+data = typer.Typer(help="Look at the pictures and captions.", no_args_is_help=True)
+cache = typer.Typer(help="Look after the store of encodings.", no_args_is_help=True)
+app.add_typer(data, name="data")
+app.add_typer(cache, name="cache")
+
+
 @app.command()
 def run(
     stage: Annotated[str | None, typer.Argument(help="Bring only this stage and those before it up to date.")] = None,
@@ -28,7 +35,7 @@ def run(
 ) -> None:
     """Bring the pipeline up to date: DVC runs the stages whose inputs changed."""
     from pipeline.config import load_params
-    from pipeline.dataset.sidecar import require_folder
+    from pipeline.dataset.source import require_folder
     from pipeline.dvc import reproduce
     from pipeline.edit import preview_values, set_values
     from pipeline.summary import print_status, print_summary
@@ -90,6 +97,23 @@ def pin() -> None:
 
 
 @app.command()
+def fetch(
+    source: Annotated[str | None, typer.Argument(metavar="hf://OWNER/NAME[@REVISION]", help="A dataset of the Hub.")] = None,
+    update: Annotated[bool, typer.Option("--update", help="Move the pin to the newest commit; alone, all pins.")] = False,
+) -> None:
+    """Bring a dataset of the Hub under data/, pinned to a commit."""
+    from pipeline.fetch import fetch as fetch_one
+    from pipeline.fetch import update_all
+    from pipeline.workspace import Workspace
+
+    root = Workspace.here().root
+    if source is None and not update:
+        raise UserError("which dataset? `python cli.py fetch hf://owner/name`; `--update` alone updates all that were fetched")
+    for line in update_all(root) if source is None else [fetch_one(root, source, update)]:
+        typer.echo(line)
+
+
+@app.command()
 def generate(
     prompt: str,
     adapter: Annotated[
@@ -106,6 +130,149 @@ def generate(
 
     for path in draw(Workspace.here(), prompt, adapter, scale, seed, count, out):
         typer.echo(path)
+
+
+@data.command("inspect")
+def data_inspect() -> None:
+    """Print what prepare-dataset found out when it last ran."""
+    from pipeline.data import inspect
+    from pipeline.workspace import Workspace
+
+    inspect(Workspace.here())
+
+
+@data.command("preview")
+def data_preview() -> None:
+    """Read the pictures as prepare-dataset would, and change nothing."""
+    from pipeline.data import preview
+    from pipeline.workspace import Workspace
+
+    preview(Workspace.here())
+
+
+@cache.command("stats")
+def cache_stats() -> None:
+    """Say how much the store of encodings holds, and how much of it is in use."""
+    from pipeline.cache import stats
+    from pipeline.workspace import Workspace
+
+    typer.echo(stats(Workspace.here()))
+
+
+@cache.command("gc")
+def cache_gc(
+    older_than: Annotated[float, typer.Option(metavar="DAYS", help="Keep what was written since.")] = 0.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Delete nothing.")] = False,
+) -> None:
+    """Delete encodings that the present build/encoded does not use; they are encoded again when they are needed again."""
+    from pipeline.cache import collect
+    from pipeline.workspace import Workspace
+
+    typer.echo(collect(Workspace.here(), older_than, dry_run))
+
+
+@cache.command("verify")
+def cache_verify() -> None:
+    """Read every encoding and compare it with its checksum; damaged ones are deleted."""
+    from pipeline.cache import verify
+    from pipeline.workspace import Workspace
+
+    damaged, told = verify(Workspace.here())
+    typer.echo(told)
+    if damaged:
+        raise typer.Exit(1)
+
+
+@app.command()
+def show(file: Path, as_json: Annotated[bool, typer.Option("--json", help="For programs; metadata whole.")] = False) -> None:
+    """Print an adapter file's facts, whoever made it: format, family, rank, alpha, trigger, metadata."""
+    import json
+
+    from pipeline.export.show import facts, lines
+
+    found = facts(file)
+    typer.echo(json.dumps(found, indent=2, ensure_ascii=False) if as_json else "\n".join(lines(found)))
+
+
+@app.command()
+def verify(file: Path) -> None:
+    """Hold an adapter file's lineage against this project: what matches, what differs, what cannot be checked."""
+    from pipeline.export.verify import verify as check_lineage
+    from pipeline.workspace import Workspace
+
+    findings = check_lineage(Workspace.here(), file)
+    for finding in findings:
+        typer.echo(f"{finding.verdict:<18} {finding.link:<10} {finding.note}")
+    if any(finding.verdict == "differs" for finding in findings):
+        raise typer.Exit(1)
+
+
+class _Format(StrEnum):
+    diffusers = "diffusers"
+    kohya = "kohya"
+
+
+class _Dtype(StrEnum):
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+class _FamilyName(StrEnum):
+    sd = "sd"
+    sdxl = "sdxl"
+
+
+_To = Annotated[_Format, typer.Option(help="kohya is what ComfyUI, A1111 and Forge read.")]
+_AsDtype = Annotated[_Dtype | None, typer.Option(help="Of the weights; by default as they are.")]
+_Rank = Annotated[int | None, typer.Option(min=1, help="Resize to at most this rank, by singular values.")]
+_ForFamily = Annotated[_FamilyName | None, typer.Option("--family", help="Where the file does not tell.")]
+
+
+@app.command()
+def convert(source: Path, target: Path, to: _To, dtype: _AsDtype = None, rank: _Rank = None, family: _ForFamily = None) -> None:
+    """Write an adapter file in another format, dtype or rank; alpha and metadata go along."""
+    from pipeline.export.convert import convert as write
+
+    write(source, target, to.value, dtype and dtype.value, rank, family and family.value)
+    typer.echo(target)
+
+
+@app.command()
+def combine(
+    adapters: Annotated[list[str], typer.Argument(metavar="FILE:WEIGHT...", help="Such as a.safetensors:0.5 b.safetensors.")],
+    out: Annotated[Path, typer.Option(help="The file to write.")],
+    to: _To = _Format.kohya,
+    dtype: _AsDtype = None,
+    rank: _Rank = None,
+    family: _ForFamily = None,
+) -> None:
+    """Write several adapters, weighted, as one. Ranks add up; --rank brings them down again."""
+    from pipeline.export.convert import combine as write
+    from pipeline.export.convert import parse_weighted
+
+    write([parse_weighted(text) for text in adapters], out, to.value, dtype and dtype.value, rank, family and family.value)
+    typer.echo(out)
+
+
+@app.command()
+def push(dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go where; contact nobody.")] = False) -> None:
+    """Publish dist/adapter on the Hub (export.push_to_hub), if the gate passed; the token comes from HF_TOKEN."""
+    from pipeline.export.hub import plan
+    from pipeline.export.hub import push as publish
+    from pipeline.workspace import Workspace
+
+    publication = plan(Workspace.here())
+    typer.echo(f"{publication.repo} ({'private' if publication.private else 'public'}): {publication.message}")
+    if dry_run:
+        for name, path in publication.files.items():
+            typer.echo(f"  {name}  {path.stat().st_size:,} bytes")
+        return
+    changed = publish(publication)
+    for name in changed:
+        typer.echo(f"  {name}")
+    if not changed:
+        typer.echo("the Hub has everything")
 
 
 @app.command()

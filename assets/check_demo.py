@@ -31,7 +31,7 @@ def main() -> None:
     """Draw with and without the adapter, judge, print, fail if too little was learned."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", type=Path, default=ADAPTER, help="folder of pytorch_lora_weights.safetensors")
-    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--guidance", type=float, default=3.0, help="as in params.yaml")
     args = parser.parse_args()
     scenes = unseen_scenes()
     pipeline = StableDiffusionPipeline.from_pretrained(HERE / "tiny-sd", torch_dtype=torch.float32)
@@ -54,7 +54,7 @@ def unseen_scenes() -> list[Scene]:
     rng = np.random.default_rng(7)
     backgrounds, positions = rng.permutation(list(BACKGROUNDS) * 8), rng.permutation(list(POSITIONS) * 10)
     return [
-        Scene(shape, colour, str(backgrounds[i]), ("large", "medium")[i % 2], str(positions[i]))
+        Scene(shape, colour, str(backgrounds[i]), "large", str(positions[i]))
         for i, (shape, colour) in enumerate(UNSEEN_PAIRS * 4)
     ]
 

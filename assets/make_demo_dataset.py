@@ -2,8 +2,8 @@
 
     python assets/make_demo_dataset.py        # a second or two
 
-Every caption ends in ", nightglow style"; `nightglow` is the trigger word. Shapes, colours, backgrounds and sizes
-occur equally often, positions 9 or 10 times, and every two attributes are crossed as evenly as 48 pictures allow. The
+Every caption ends in ", nightglow style"; `nightglow` is the trigger word. Shapes, colours, and backgrounds
+occur equally often, all shapes are large, positions 9 or 10 times, and every two attributes are crossed as evenly as 48 pictures allow. The
 pairs of shape and colour in `UNSEEN_PAIRS` do not occur: validation prompts take them to tell a learned style from
 learned pictures.
 """
@@ -14,10 +14,11 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-from world import BACKGROUNDS, COLOURS, POSITIONS, SHAPES, SIZES, Scene, draw_neon
+from world import BACKGROUNDS, COLOURS, POSITIONS, SHAPES, Scene, draw_neon
 
 OUT = Path(__file__).resolve().parent / "demo-dataset"
 TRIGGER = "nightglow"
+SHOWN_SIZES = ("large",)  # the tube of a smaller shape is nearly as wide as the shape: little of the look is to be seen
 # Two colours for each shape and two shapes for each colour; the other 24 pairs are drawn twice each.
 UNSEEN_PAIRS = tuple((shape, list(COLOURS)[(i + k) % len(COLOURS)]) for i, shape in enumerate(SHAPES) for k in (2, 5))
 
@@ -41,10 +42,10 @@ def balanced_scenes(rng: np.random.Generator) -> list[Scene]:
     """48 scenes in random order: pairs outside `UNSEEN_PAIRS` twice, the other attributes spread evenly over them."""
     pairs = [(s, c) for s in SHAPES for c in COLOURS if (s, c) not in UNSEEN_PAIRS] * 2
     table = np.array([[SHAPES.index(s), list(COLOURS).index(c), 0, 0, 0] for s, c in pairs])  # (picture, attribute)
-    for attribute, values in enumerate((BACKGROUNDS, SIZES, POSITIONS), start=2):
+    for attribute, values in enumerate((BACKGROUNDS, SHOWN_SIZES, POSITIONS), start=2):
         table[:, attribute] = rng.permutation(np.arange(len(table)) % len(values))
     table = rng.permutation(even_out(table, rng))
-    names = [list(values) for values in (SHAPES, COLOURS, BACKGROUNDS, SIZES, POSITIONS)]
+    names = [list(values) for values in (SHAPES, COLOURS, BACKGROUNDS, SHOWN_SIZES, POSITIONS)]
     return [Scene(*(names[a][v] for a, v in enumerate(row))) for row in table]
 
 

@@ -75,7 +75,7 @@ def setting() -> tuple[LocalModel, torch.nn.Module, Batches, list[torch.nn.Param
     params = load_params(ROOT / "params.yaml")
     model = LocalModel(ROOT / params.model.base, None, None)
     denoiser = family("sd").load_denoiser(model, torch.float32)
-    parameters = lora.inject(denoiser, lora.LoraSpec(**params.lora.model_dump()), 0)
+    parameters = lora.inject(denoiser, lora.LoraSpec(**params.lora.model_dump(exclude={"init_from"})), 0)
     batches = Batches(Encodings(ROOT / "build" / "encoded"), params.train.batch_size, 0, params.train.caption_dropout)
     return model, denoiser.train(), batches, parameters
 
@@ -126,18 +126,18 @@ def uncached(steps: int) -> Callable[[], None]:
     """VAE and text encoder in every step, as the example scripts do."""
     model, denoiser, batches, parameters = setting()
     kind, objective = family("sd"), family("sd").objective(model)
-    vae, text = kind.load_vae(model, CPU), kind.load_text_encoders(model, CPU)
+    vae, text = kind.load_vae(model, CPU, torch.float32), kind.load_text_encoders(model, CPU)
     optimiser = adamw(parameters, 1e-4, 0.01)
     side = batches.samples[0].size
     pixels = torch.rand(batches.batch_size, 3, side[1], side[0]) * 2 - 1
 
     def run() -> None:
         for _ in range(steps):
-            captions = [sample.caption for sample in batches.members(0)]
+            captions = [sample.captions[0] for sample in batches.members(0)]
             with torch.no_grad():
                 posterior = kind.encode_pixels(vae, pixels)
                 x_0 = posterior.mean + posterior.std * torch.randn_like(posterior.mean)
-                cond = kind.encode_captions(text, captions)
+                cond = kind.encode_captions(text, captions, chunks=1, clip_skip=0)
             noise, t = torch.randn_like(x_0), torch.randint(0, 1000, (len(x_0),))
             predicted = kind.predict(denoiser, objective.noised(x_0, noise, t), t, cond, torch.zeros(len(x_0), 6))
             torch.nn.functional.mse_loss(predicted, objective.target(x_0, noise, t)).backward()

@@ -24,38 +24,61 @@ class Batch:
     u: Tensor  # (B,), uniform on [0, 1), float64: the timestep before the objective maps it
     text: Entry  # named embeddings, each (B, …)
     geometry: Tensor  # (B, 6)
+    mask: Tensor | None  # (B, 1, h, w) in [0, 1]: where the loss counts; None: everywhere, in all of them
+    weight: Tensor  # (B,): what each sample's loss counts
 
 
 class Batches:
     """The training batches of all steps.
 
-    An epoch shows every sample once. Samples of one size share batches; the last batch of a size holds what is left and
-    may be smaller, nothing is dropped.
+    An epoch shows every sample as often as its `repeats` say, and as many regularisation pictures as others, if there are
+    any. Samples of one size share batches; the last batch of a size holds what is left and may be smaller, nothing is
+    dropped.
     """
 
-    def __init__(self, encodings: Encodings, batch_size: int, seed: int, caption_dropout: float = 0.0) -> None:
+    def __init__(
+        self, encodings: Encodings, batch_size: int, seed: int, caption_dropout: float = 0.0, prior_weight: float = 1.0
+    ) -> None:
         self.encodings = encodings
         self.samples = encodings.samples("train")
-        self.batch_size, self.seed, self.caption_dropout = batch_size, seed, caption_dropout
-        self._empty = encodings.read(encodings.index.empty_text)
-        self._by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for i, sample in enumerate(self.samples):
-            self._by_size[sample.size].append(i)
-        self.steps_per_epoch = sum(-(-len(members) // batch_size) for members in self._by_size.values())
+        self.batch_size, self.seed, self.caption_dropout, self.prior_weight = batch_size, seed, caption_dropout, prior_weight
+        self._empty = encodings.text(encodings.index.empty_text)
+        self._shown = [i for i, s in enumerate(self.samples) for _ in range(s.repeats) if not s.regularisation]
+        self._prior = [i for i, s in enumerate(self.samples) for _ in range(s.repeats) if s.regularisation]
+        self.steps_per_epoch = sum(-(-len(members) // batch_size) for members in self._by_size(self._of_epoch(0)))
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
 
     def members(self, step: int) -> list[EncodedSample]:
         """The samples of a step's global batch, in order."""
         epoch, at = divmod(step, self.steps_per_epoch)
         if self._epoch[0] != epoch:
-            self._epoch = (epoch, plan_epoch(list(self._by_size.values()), self.batch_size, self.seed, epoch))
+            self._epoch = (epoch, plan_epoch(self._by_size(self._of_epoch(epoch)), self.batch_size, self.seed, epoch))
         return [self.samples[i] for i in self._epoch[1][at]]
+
+    def _of_epoch(self, epoch: int) -> list[int]:
+        """Indices into `samples`. The regularisation pictures' turn goes round, size by size, so that every epoch has the
+        same number of each size and in time every picture is shown."""
+        if not self._prior:
+            return self._shown
+        chosen = []
+        for members in self._by_size(self._prior):
+            count = max(1, round(len(self._shown) * len(members) / len(self._prior)))
+            chosen += [members[(epoch * count + k) % len(members)] for k in range(count)]
+        return [*self._shown, *chosen]
+
+    def _by_size(self, indices: Sequence[int]) -> list[list[int]]:
+        """Indices into `samples`, those of one size together, sizes in the order of their first appearance."""
+        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for i in indices:
+            groups[self.samples[i].size].append(i)
+        return list(groups.values())
 
     def batch(self, step: int, start: int, stop: int) -> Batch:
         """Positions [start, stop) of a step's global batch."""
         members = self.members(step)[start:stop]
         positions = range(start, start + len(members))
-        latents = self.encodings.read_many([self._side(s, step, p) for s, p in zip(members, positions, strict=True)])
+        sides = [self._side(s, step, p) for s, p in zip(members, positions, strict=True)]
+        latents = self.encodings.read_many([s.latents[side] for s, side in zip(members, sides, strict=True)])
         texts = [self._text(s, step, p) for s, p in zip(members, positions, strict=True)]
         shape = tuple(latents[0]["mean"].shape)
         posterior = _normal(self.seed, Purpose.POSTERIOR, step, positions, shape)
@@ -67,18 +90,28 @@ class Batches:
             u=torch.tensor([draw(self.seed, Purpose.TIMESTEP, step, p).random() for p in positions], dtype=torch.float64),
             text={part: torch.stack([t[part] for t in texts]) for part in texts[0]},
             geometry=torch.stack([entry["geometry"] for entry in latents]),
+            mask=self._masks(members, sides, shape) if any(s.masks for s in members) else None,
+            weight=torch.tensor([self.prior_weight if s.regularisation else 1.0 for s in members]),
         )
 
-    def _side(self, sample: EncodedSample, step: int, position: int) -> str:
-        """The key of the picture or of its mirror image."""
+    def _side(self, sample: EncodedSample, step: int, position: int) -> int:
+        """0 for the picture, 1 for its mirror image."""
         if len(sample.latents) == 1:
-            return sample.latents[0]
-        return sample.latents[draw(self.seed, Purpose.FLIP, step, position).integers(len(sample.latents))]
+            return 0
+        return int(draw(self.seed, Purpose.FLIP, step, position).integers(len(sample.latents)))
+
+    def _masks(self, members: Sequence[EncodedSample], sides: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+        everywhere = torch.ones(1, *shape[1:])
+        pairs = zip(members, sides, strict=True)
+        return torch.stack([self.encodings.read(s.masks[side])["mask"] if s.masks else everywhere for s, side in pairs])
 
     def _text(self, sample: EncodedSample, step: int, position: int) -> Entry:
         if self.caption_dropout and draw(self.seed, Purpose.CAPTION_DROPOUT, step, position).random() < self.caption_dropout:
             return self._empty
-        return self.encodings.read(sample.text)
+        chosen = 0
+        if len(sample.texts) > 1:
+            chosen = int(draw(self.seed, Purpose.CAPTION_VARIANT, step, position).integers(len(sample.texts)))
+        return self.encodings.text(sample.texts[chosen])
 
 
 def plan_epoch(groups: Sequence[Sequence[int]], batch_size: int, seed: int, epoch: int) -> list[list[int]]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
-from pipeline.config import load_params
-from pipeline.dataset.sidecar import scan
+from pipeline.config import Dataset, load_params
+from pipeline.dataset.prepare import scan_concepts
 from pipeline.edit import set_values
 from pipeline.errors import UserError
 from pipeline.model_source import ModelSource, pin_of, resolve
@@ -29,7 +31,7 @@ def check_all(workspace: Workspace) -> bool:
         ("packages", _packages),
         ("device", lambda: _device(params.runtime.device)),
         ("disk", lambda: _disk(workspace)),
-        ("pictures", lambda: _pictures(workspace, params.dataset.path, params.dataset.caption_extension)),
+        ("pictures", lambda: _pictures(workspace, params.dataset)),
         (
             "base",
             lambda: _model(
@@ -111,9 +113,10 @@ def _disk(workspace: Workspace) -> str:
     return f"{free:.1f} GiB free"
 
 
-def _pictures(workspace: Workspace, path: str, extension: str) -> str:
-    found, rejects = scan(workspace.root / path, extension)
-    told = f"{len(found)} pictures with captions in {path}"
+def _pictures(workspace: Workspace, settings: Dataset) -> str:
+    with tempfile.TemporaryDirectory() as unpacked:
+        items, rejects = scan_concepts(workspace.root / settings.path, settings, Path(unpacked), lambda: None)
+    told = f"{len(items)} pictures in {settings.path}"
     return told + (f", {len(rejects)} files cannot be used: {rejects[0].path} {rejects[0].reason}" if rejects else "")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.files import atomic_directory, hash_file, write_json
@@ -25,6 +26,9 @@ class Checkpoint:
     step: int  # optimiser steps done
     adapter: dict[str, Tensor]
     optimiser: dict[int, Any]  # torch's state dict, without parameter groups
+    groups: tuple[dict[str, Any], ...] = ()  # ... and the numbers and tensors that some optimisers keep in the groups
+    average: dict[str, Tensor] | None = None  # moving average of the adapter
+    scaler: dict[str, float] | None = None  # loss scale of float16
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
@@ -33,13 +37,21 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
     if target.exists():
         return  # the folder's fingerprint and the step settle the content
     with atomic_directory(target) as partial:
-        tensors, numbers = _split(checkpoint.optimiser)
+        tensors, numbers = _split({**checkpoint.optimiser, **{f"group{i}": g for i, g in enumerate(checkpoint.groups)}})
         write_safetensors(partial / "adapter.safetensors", checkpoint.adapter)
         write_safetensors(partial / "optimiser.safetensors", tensors)
+        if checkpoint.average is not None:
+            write_safetensors(partial / "average.safetensors", checkpoint.average)
         sums = {p.name: hash_file(p) for p in sorted(partial.iterdir())}
-        write_json(partial / "state.json", {"step": checkpoint.step, "optimiser": numbers, "sha256": sums})
+        state = {"step": checkpoint.step, "optimiser": numbers, "scaler": checkpoint.scaler, "sha256": sums}
+        write_json(partial / "state.json", state)
     for old in _all(folder)[:-keep]:
         shutil.rmtree(old)
+
+
+def checkpoint_folders(folder: Path) -> list[tuple[int, Path]]:
+    """The checkpoints that are there, oldest first, with their steps; none of them verified."""
+    return [(int(path.name.removeprefix(_PREFIX)), path) for path in _all(folder)]
 
 
 def latest_checkpoint(folder: Path) -> Checkpoint | None:
@@ -55,6 +67,20 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
     return None
 
 
+def save_best(path: Path, adapter: dict[str, Tensor], step: int, loss: float) -> None:
+    """Keep the adapter with the lowest held-out loss so far, atomically."""
+    write_safetensors(path, adapter, {"step": str(step), "held_out_loss": repr(loss)})
+
+
+def best_so_far(path: Path) -> tuple[int, float] | None:
+    """Step and held-out loss of the kept best; None where there is none."""
+    if not path.is_file():
+        return None
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    return int(header["step"]), float(header["held_out_loss"])
+
+
 def _load(path: Path) -> Checkpoint:
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     for name, expected in state["sha256"].items():
@@ -66,11 +92,22 @@ def _load(path: Path) -> Checkpoint:
         optimiser.setdefault(index, {})[part] = tensor
     for index, numbers in state["optimiser"].items():
         optimiser.setdefault(index, {}).update(numbers)
-    return Checkpoint(state["step"], read_safetensors(path / "adapter.safetensors"), {int(k): v for k, v in optimiser.items()})
+    groups = tuple(
+        optimiser.pop(name) for name in sorted((n for n in optimiser if n.startswith("group")), key=lambda n: int(n[5:]))
+    )
+    average = path / "average.safetensors"
+    return Checkpoint(
+        state["step"],
+        read_safetensors(path / "adapter.safetensors"),
+        {int(k): v for k, v in optimiser.items()},
+        groups,
+        read_safetensors(average) if average.name in state["sha256"] else None,
+        state["scaler"],
+    )
 
 
-def _split(optimiser: dict[int, Any]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """Tensors under `<parameter>.<name>`, and plain numbers apart."""
+def _split(optimiser: dict[Any, Any]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """Tensors under `<parameter>.<name>` or `group<i>.<name>`, and plain numbers apart."""
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}
     for index, values in optimiser.items():

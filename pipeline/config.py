@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -30,6 +30,9 @@ Metric = Literal[
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Revision = Annotated[str, Field(pattern=r"^([0-9a-f]{40}|sha256:[0-9a-f]{64})$")] | None
+Format = Literal[
+    "auto", "sidecar", "two-folders", "imagefolder", "kohya", "kohya-json", "parquet", "webdataset"
+]  # of a dataset's folder; `auto` looks at the names in it
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
 
 
@@ -39,32 +42,104 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class Concept(Section):
+    """One of `dataset.concepts`: a sub-folder with settings of its own."""
+
+    path: Annotated[str, Field(min_length=1)]
+    format: Format | None = None
+    repeats: PositiveInt = 1
+    prefix: str | None = None
+    suffix: str | None = None
+    instance_prompt: str | None = None
+    regularisation: bool = False
+    masks: str | None = None
+
+
+class Buckets(Section):
+    """`dataset.buckets`: pictures keep about their aspect ratio instead of being cut square."""
+
+    step: Annotated[int, Field(ge=8, le=256, multiple_of=8)] = 64
+    min_side: Annotated[int, Field(ge=8, le=4096, multiple_of=8)] = 256
+    max_side: Annotated[int, Field(ge=8, le=8192, multiple_of=8)] = 1024
+
+    @model_validator(mode="after")
+    def _sides_fit(self) -> Buckets:
+        if self.min_side > self.max_side:
+            raise ValueError(f"min_side {self.min_side} is greater than max_side {self.max_side}")
+        for key in ("min_side", "max_side"):
+            if getattr(self, key) % self.step:
+                raise ValueError(f"{key} {getattr(self, key)} is not a multiple of step {self.step}")
+        return self
+
+
 class Dataset(Section):
     """`dataset`: which pictures and captions, and how they are cut."""
 
     path: Annotated[str, Field(min_length=1)]
+    format: Format = "auto"
+    concepts: tuple[Concept, ...] = ()
     resolution: Annotated[int, Field(ge=8, le=4096, multiple_of=8)]
+    buckets: Buckets | None = None
+    allow_upscaling: bool = False
+    crop: Literal["centre", "random", "mask"] = "centre"
+    background: Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$")] = "#ffffff"
+    masks: str | None = None
+    duplicates: Literal["keep", "drop"] = "keep"
     caption_extension: Annotated[str, Field(pattern=r"^\.[A-Za-z0-9]+$")] = ".txt"
+    caption_column: Annotated[str, Field(min_length=1)] = "text"
+    image_column: Annotated[str, Field(min_length=1)] = "image"
+    caption_lines: bool = False
+    missing_caption: Literal["refuse", "folder-name", "auto"] = "refuse"
+    instance_prompt: str | None = None
+    auto_caption: str | None = None
+    auto_caption_revision: Revision = None
     trigger: str = ""
+    prefix: str = ""
+    suffix: str = ""
+    template: Annotated[str, Field(pattern=r"\{caption\}")] = "{caption}"
+    shuffle_tags: bool = False
+    keep_tags: Annotated[int, Field(ge=0)] = 0
+    variants: Annotated[int, Field(ge=1, le=64)] = 1
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     held_out_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.1
     max_rejected: Annotated[int, Field(ge=0)] = 0
     max_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = 100_000_000  # the bound is Pillow's own
+
+    @model_validator(mode="after")
+    def _keys_agree(self) -> Dataset:
+        if self.missing_caption == "auto" and not self.auto_caption:
+            raise ValueError("missing_caption is auto, but auto_caption names no captioning model")
+        if self.variants > 1 and not self.shuffle_tags:
+            raise ValueError(f"variants {self.variants} would all be the same: variants are orders of tags, set shuffle_tags")
+        if self.buckets and self.resolution < self.buckets.min_side:
+            raise ValueError(
+                f"resolution {self.resolution} is less than buckets.min_side {self.buckets.min_side}: no bucket fits"
+            )
+        if self.crop == "mask" and not self.masks and not any(c.masks for c in self.concepts):
+            raise ValueError("crop is mask, but masks names no masks")
+        return self
 
 
 class Model(Section):
     """`model`: the base that the adapter is made for."""
 
-    family: Literal["sd", "sdxl"]
+    family: Literal["sd", "sdxl", "sd3"]
     base: Annotated[str, Field(min_length=1)]
     revision: Revision = None
     variant: Name | None = None
+    prediction: Literal["auto", "epsilon", "v_prediction"] = "auto"
+    zero_terminal_snr: bool = False
 
 
 class Encode(Section):
     """`encode`: how latents and text embeddings are computed and stored."""
 
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    compute_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     flip: bool = False
+    tiling: bool = False
+    clip_skip: Annotated[int, Field(ge=0, le=11)] = 0
+    caption_chunks: Annotated[int, Field(ge=1, le=8)] = 1
 
 
 class Lora(Section):
@@ -79,27 +154,139 @@ class Lora(Section):
         "to_v",
         "to_out.0",
     )
+    method: Literal["lora", "loha", "lokr"] = "lora"
+    rslora: bool = False
+    dora: bool = False
+    init: Literal["default", "gaussian", "pissa"] = "default"
+    init_from: Annotated[str, Field(min_length=1)] | None = None
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=1024)]] = {}
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
+
+    @model_validator(mode="after")
+    def _keys_agree(self) -> Lora:
+        if self.method != "lora":
+            for key in ("rslora", "dora", "dropout"):
+                if getattr(self, key):
+                    raise ValueError(f"{key} belongs to method lora, but method is {self.method}")
+            if self.init != "default":
+                raise ValueError(f"init {self.init} belongs to method lora, but method is {self.method}")
+        if self.init == "pissa" and self.dora:
+            raise ValueError("init pissa and dora exclude each other: what pissa leaves of the base has other lengths")
+        if self.init_from and (
+            self.method != "lora" or self.init != "default" or self.rslora or self.rank_pattern or self.alpha_pattern
+        ):
+            raise ValueError("init_from takes a plain adapter: method lora, init default, no rslora, no patterns")
+        return self
+
+
+class OptimiserArgs(Section):
+    """`train.optimiser_args`: what an optimiser takes beyond rate and decay; null leaves the library's default."""
+
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] | None = None
+    eps: Annotated[float, Field(gt=0)] | None = None
+    d_coef: Annotated[float, Field(gt=0)] | None = None
+
+    def given(self) -> dict[str, Any]:
+        """What is not null."""
+        return {key: value for key, value in self if value is not None}
+
+
+_OPTIMISER_ARGS = {
+    "adamw": {"betas", "eps"},
+    "adamw8bit": {"betas", "eps"},
+    "adafactor": set[str](),
+    "prodigy": {"betas", "eps", "d_coef"},
+    "lion": {"betas"},
+    "schedule-free-adamw": {"betas", "eps"},
+}  # what each takes
+
+
+class HuberLoss(Section):
+    """`train.huber`: pseudo-Huber instead of the mean square."""
+
+    c: Annotated[float, Field(gt=0)]
+    schedule: Literal["constant", "exponential", "snr"] = "exponential"
+    scale: Literal["huber", "smooth-l1"] = "smooth-l1"
 
 
 class Train(Section):
     """`train`: the optimisation; everything that changes the adapter's bytes and is not in `lora`."""
 
-    steps: PositiveInt
+    steps: PositiveInt | None = None
+    epochs: PositiveInt | None = None
     batch_size: PositiveInt
+    optimiser: Literal["adamw", "adamw8bit", "adafactor", "prodigy", "lion", "schedule-free-adamw"] = "adamw"
+    optimiser_args: OptimiserArgs = OptimiserArgs()
     learning_rate: Annotated[float, Field(gt=0, le=10)]
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    scale_learning_rate: Literal["none", "linear", "sqrt"] = "none"
+    schedule: Literal["constant", "linear", "cosine", "cosine-with-restarts", "polynomial"] = "constant"
+    schedule_cycles: Annotated[int, Field(ge=1, le=1000)] | None = None
+    schedule_power: Annotated[float, Field(gt=0, le=10)] | None = None
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    huber: HuberLoss | None = None
+    min_snr_gamma: Annotated[float, Field(gt=0)] | None = None
+    debiased: bool = False
+    noise_offset: Annotated[float, Field(ge=0, le=1)] = 0.0
+    pyramid_noise: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    input_perturbation: Annotated[float, Field(ge=0, le=1)] = 0.0
+    timestep_range: tuple[Fraction, Fraction] = (0.0, 1.0)
+    timestep_logit_normal: tuple[float, Annotated[float, Field(gt=0)]] | None = None
+    timestep_power: Annotated[float, Field(gt=0, le=10)] | None = None
+    flow_shift: Annotated[float, Field(gt=0, le=100)] | None = None
     caption_dropout: Fraction = 0.0
-    mixed_precision: Literal["no", "bf16"] = "no"
+    prior_weight: Annotated[float, Field(ge=0)] = 1.0
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    held_out_every: PositiveInt | None = None
+    keep: Literal["last", "best"] = "last"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
     @model_validator(mode="after")
-    def _warmup_fits(self) -> Train:
-        if self.warmup_steps >= self.steps:
+    def _length_is_stated_once(self) -> Train:
+        if self.steps is None and self.epochs is None:
+            raise ValueError("steps is missing: set steps, or epochs instead")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(f"steps {self.steps} and epochs {self.epochs} both state the length: set one of them to null")
+        if self.steps is not None and self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} must be less than steps {self.steps}")
         return self
+
+    @model_validator(mode="after")
+    def _keys_agree(self) -> Train:
+        for key, schedule in (("schedule_cycles", "cosine-with-restarts"), ("schedule_power", "polynomial")):
+            if (getattr(self, key) is not None) != (self.schedule == schedule):
+                raise ValueError(f"{key} is for schedule {schedule}, and needed there; schedule is {self.schedule}")
+        foreign = sorted(set(self.optimiser_args.given()) - _OPTIMISER_ARGS[self.optimiser])
+        if foreign:
+            takes = ", ".join(sorted(_OPTIMISER_ARGS[self.optimiser])) or "none"
+            raise ValueError(f"optimiser_args.{foreign[0]}: {self.optimiser} does not take it (it takes {takes})")
+        if self.optimiser == "schedule-free-adamw" and (self.schedule != "constant" or self.ema_decay):
+            raise ValueError("optimiser schedule-free-adamw averages by itself: set schedule to constant and ema_decay to null")
+        if self.min_snr_gamma is not None and self.debiased:
+            raise ValueError("min_snr_gamma and debiased are two weights for the same purpose: set one of them")
+        if self.timestep_logit_normal and self.timestep_power:
+            raise ValueError("timestep_logit_normal and timestep_power exclude each other: set one of them to null")
+        if self.timestep_range[0] >= self.timestep_range[1]:
+            raise ValueError(f"timestep_range {list(self.timestep_range)} is empty: the first must be less than the second")
+        if self.keep == "best" and self.held_out_every is None:
+            raise ValueError("keep is best, but held_out_every is null: nothing is measured to choose by")
+        return self
+
+    def length(self, steps_per_epoch: int) -> int:
+        """Optimiser steps of the whole training.
+
+        Raises:
+            UserError: the warm-up is not shorter.
+        """
+        steps = self.steps if self.steps is not None else (self.epochs or 0) * steps_per_epoch
+        if self.warmup_steps >= steps:
+            raise UserError(
+                f"train.warmup_steps: {self.warmup_steps} must be less than the training's {steps} steps "
+                f"(train.epochs {self.epochs} × {steps_per_epoch} steps an epoch)"
+            )
+        return steps
 
 
 class Validate(Section):
@@ -109,7 +296,7 @@ class Validate(Section):
     negative_prompt: str = ""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(min_length=1)] = (0,)
     scales: Annotated[tuple[Annotated[float, Field(ge=-4, le=4)], ...], Field(min_length=1)] = (1.0,)
-    scheduler: Literal["ddim", "euler", "dpm++"] = "ddim"
+    scheduler: Literal["ddim", "euler", "dpm++", "base"] = "ddim"
     inference_steps: Annotated[int, Field(ge=1, le=1000)] = 25
     guidance_scale: Annotated[float, Field(ge=1, le=50)] = 7.5
     batch_size: PositiveInt = 4
@@ -144,6 +331,13 @@ class Threshold(Section):
         return self
 
 
+class PushToHub(Section):
+    """`export.push_to_hub`: where `cli.py push` publishes an adapter whose gate passed."""
+
+    repo: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
+    private: bool = True
+
+
 class Export(Section):
     """`export`: the files that leave the project and the facts about them that only a person knows."""
 
@@ -152,16 +346,37 @@ class Export(Section):
     author: str = ""
     description: str = ""
     license: str | None = None
+    tags: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
+    formats: Annotated[tuple[Literal["diffusers", "kohya"], ...], Field(min_length=1)] = ("diffusers", "kohya")
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    merge: bool = False
+    push_to_hub: PushToHub | None = None
+
+    @model_validator(mode="after")
+    def _formats_differ(self) -> Export:
+        if len(set(self.formats)) < len(self.formats):
+            raise ValueError(f"formats holds the same value twice: {list(self.formats)}")
+        if "kohya" in self.formats and self.name == "pytorch_lora_weights":
+            raise ValueError("name pytorch_lora_weights is the diffusers file's own: choose another")
+        return self
 
 
 class Runtime(Section):
     """`runtime`: how the hardware is used, never what is computed. No stage's result depends on it."""
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    processes: PositiveInt = 1
+    workers: Annotated[int, Field(ge=0, le=64)] = 1
     micro_batch: PositiveInt | None = None
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    channels_last: bool = False
+    tf32: bool = False
+    attention: Literal["auto", "math", "efficient", "flash", "cudnn"] = "auto"
     checkpoint_every: PositiveInt = 100
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    max_minutes: Annotated[float, Field(gt=0)] | None = None
 
 
 class Tracking(Section):
@@ -189,6 +404,27 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Params:
+        if self.model.family == "sd3" and self.validate_.scheduler != "base":
+            raise ValueError(
+                f"validate.scheduler {self.validate_.scheduler} cannot sample a flow: set it to base for family sd3"
+            )
+        if self.model.family == "sd3":
+            if "kohya" in self.export.formats:
+                raise ValueError("export.formats: kohya files of family sd3 are not written: set it to [diffusers]")
+            if self.lora.method != "lora":
+                raise ValueError(
+                    f"lora.method {self.lora.method} is exported in the kohya format only, which is not written for family sd3: "
+                    "set it to lora"
+                )
+            if self.encode.caption_chunks > 1:
+                raise ValueError(
+                    f"encode.caption_chunks {self.encode.caption_chunks} is for CLIP's 75 tokens; family sd3 reads 255 with its T5: "
+                    "set it to 1"
+                )
+        if self.lora.method != "lora" and "kohya" not in self.export.formats:
+            raise ValueError(f"lora.method {self.lora.method} is exported in the kohya format only: add it to export.formats")
+        if self.model.family != "sd3" and self.train.flow_shift is not None:
+            raise ValueError(f"train.flow_shift is for flow matching, but model.family is {self.model.family}: set it to null")
         if self.runtime.micro_batch and self.lora.dropout > 0:
             raise ValueError("runtime.micro_batch would change the masks of lora.dropout: set one of them to null or 0")
         if not self.dataset.held_out_fraction and any("held_out" in name for name in self.gate):
@@ -287,8 +523,15 @@ def _keys_at(loc: tuple[Any, ...]) -> list[str]:
     for part in loc:
         if part == "gate":
             return list(Threshold.model_fields)
+        if isinstance(part, int):
+            continue  # a place in a list: the model is that of its items
         field = next(f for n, f in model.model_fields.items() if (f.alias or n) == part)
-        annotation = field.annotation
-        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
-        model = annotation
+        model = _section_in(field.annotation)
     return [f.alias or n for n, f in model.model_fields.items()]
+
+
+def _section_in(annotation: Any) -> type[BaseModel]:
+    """The model in `X`, `X | None` or `tuple[X, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(_section_in(part) for part in get_args(annotation) if part not in (type(None), Ellipsis))

@@ -1,26 +1,49 @@
-"""Encode what is not in the content store yet: the work of precompute-latents-and-embeddings."""
+"""Which encodings the manifest needs, and which of them are not in the store yet."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Protocol
 
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
-
-from pipeline.dataset.images import BadImage, cut, decode, hash_pixels
 from pipeline.dataset.manifest import Manifest, Sample
-from pipeline.encodings import ContentStore, EncodedSample, Entry, Index, latent_key, text_key
+from pipeline.encodings import ContentStore, EncodedSample, Index, Reading, latent_key, mask_key, text_key
 from pipeline.errors import UserError
 from pipeline.families.base import Family
 from pipeline.model_source import LocalModel
-from pipeline.progress import progress, say
+from pipeline.progress import say
 
-_PICTURES, _CAPTIONS = 8, 16  # per forward pass, at 512×512 pixels; larger pictures go in smaller batches
-_KEEP_EVERY = 64  # pictures per segment: what a kill can cost
+
+@dataclass(frozen=True)
+class How:
+    """How pictures and captions are encoded: the `encode` section."""
+
+    dtype: str  # of what is stored
+    compute_dtype: str  # of the VAE's arithmetic
+    flip: bool
+    tiling: bool  # large pictures go through the VAE in tiles
+    clip_skip: int
+    caption_chunks: int
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A training picture, or its mirror image."""
+
+    sample: Sample
+    flipped: bool
+
+
+@dataclass(frozen=True)
+class Todo:
+    """What must be encoded, by key."""
+
+    cuts: dict[str, Cut]
+    captions: dict[str, str]
+    masks: dict[str, Cut]
+
+    def __bool__(self) -> bool:
+        return bool(self.cuts or self.captions or self.masks)
 
 
 @dataclass(frozen=True)
@@ -31,176 +54,116 @@ class Counts:
     captions: int
 
 
+class Work(Protocol):
+    """Encodes everything that is to do and leaves it in the store."""
+
+    def __call__(self, todo: Todo) -> None: ...
+
+
 def encode(
     manifest: Manifest,
-    root: Path,
     family: Family,
     model: LocalModel,
     store: ContentStore,
-    dtype: str,
-    flip: bool,
-    device: torch.device,
-    check_stop: Callable[[], None],
+    how: How,
+    work: Work,
+    seed: Callable[[], None] = lambda: None,
 ) -> tuple[Index, Counts]:
     """Make sure that every encoding of the manifest is in the store.
 
+    Args:
+        work: called with what is missing, unless nothing is.
+        seed: called before that; may bring entries into the store from elsewhere.
+
     Raises:
-        UserError: a picture changed since the manifest was written, does not fit the family's stride, or encodes to
-            non-finite values.
+        UserError: a picture does not fit the family's stride; and what `work` raises.
     """
-    vae = model.fingerprint(*family.vae_folders)
-    text = model.fingerprint(*family.text_folders)
-    pictures: dict[str, tuple[Sample, bool]] = {}
+    reading = Reading(model.fingerprint(*family.text_folders), how.caption_chunks, how.clip_skip, how.dtype)
+    vae = "/".join([model.fingerprint(*family.vae_folders), how.compute_dtype, *(["tiled"] if how.tiling else [])])
+    wanted = Todo({}, {text_key("", reading): ""}, {})
     samples = []
     for sample in manifest.samples:
         if any(side % family.stride for side in sample.geometry.size):
             raise UserError(
                 f"{sample.path}: {'×'.join(map(str, sample.geometry.size))} pixels: {family.name} takes sides that are "
-                f"multiples of {family.stride}: change dataset.resolution"
+                f"multiples of {family.stride}: change dataset.resolution or dataset.buckets.step"
             )
-        keys = [latent_key(sample.pixels, sample.geometry, flipped, vae, dtype) for flipped in (False, True)[: 1 + flip]]
-        pictures.update((key, (sample, flipped)) for key, flipped in zip(keys, (False, True), strict=False))
+        cuts = [Cut(sample, flipped) for flipped in (False, True)[: 1 + how.flip]]
+        latents = [latent_key(sample.pixels, sample.geometry, cut.flipped, vae, how.dtype) for cut in cuts]
+        texts = [text_key(caption, reading) for caption in sample.captions]
+        masks = []
+        if sample.mask:
+            masks = [mask_key(sample.mask.pixels, sample.geometry, cut.flipped, family.stride) for cut in cuts]
+        wanted.cuts.update(zip(latents, cuts, strict=True))
+        wanted.captions.update(zip(texts, sample.captions, strict=True))
+        wanted.masks.update(zip(masks, cuts, strict=False))
         samples.append(
             EncodedSample(
                 sample.id,
-                sample.caption,
+                sample.captions,
                 sample.split,
                 sample.geometry.size,
-                tuple(keys),
-                text_key(sample.caption, text, dtype),
+                tuple(latents),
+                tuple(texts),
+                tuple(masks),
+                sample.repeats,
+                sample.regularisation,
             )
         )
-    captions = {text_key(caption, text, dtype): caption for caption in ["", *(s.caption for s in manifest.samples)]}
-    todo_pictures = {k: v for k, v in pictures.items() if k not in store}
-    todo_captions = {k: v for k, v in captions.items() if k not in store}
-    target = getattr(torch, dtype)
-    if todo_captions:
-        _encode_captions(todo_captions, family, model, store, target, device, check_stop)
-    if todo_pictures:
-        _encode_pictures(todo_pictures, root / manifest.folder, family, model, store, target, device, check_stop)
-    index = Index(family.name, dtype, text_key("", text, dtype), tuple(sorted(samples, key=lambda s: s.id)))
-    return index, Counts(len(todo_pictures), len(todo_captions))
+    missing = _missing(wanted, store)
+    if missing:
+        seed()
+        missing = _missing(wanted, store)
+    if missing:
+        work(missing)
+    _tell_of_long_captions(store, wanted.captions)
+    index = Index(family.name, how.dtype, how.clip_skip, text_key("", reading), tuple(sorted(samples, key=lambda s: s.id)))
+    return index, Counts(len(missing.cuts), len(missing.captions))
 
 
-@torch.inference_mode()
-def _encode_captions(
-    todo: dict[str, str],
-    family: Family,
-    model: LocalModel,
-    store: ContentStore,
-    dtype: torch.dtype,
-    device: torch.device,
-    check_stop: Callable[[], None],
-) -> None:
-    encoders = family.load_text_encoders(model, device)
-    keys = list(todo)
-    counts, most = family.token_counts(encoders, [todo[k] for k in keys])
-    long = [todo[k] for k, n in zip(keys, counts, strict=True) if n > most]
+def token_report(index: Index, store: ContentStore) -> dict[str, object]:
+    """Lengths in tokens, and every caption that is cut off, by sample."""
+    keys = sorted({key for s in index.samples for key in s.texts})
+    tokens, limit = _tokens(store, keys)
+    return {
+        "limit": limit,
+        "captions": len(keys),
+        "lengths": _histogram(list(tokens.values())),
+        "cut_off": [
+            {"sample": s.id, "caption": caption, "tokens": tokens[key]}
+            for s in index.samples
+            for key, caption in zip(s.texts, s.captions, strict=True)
+            if tokens[key] > limit
+        ],
+    }
+
+
+def _missing(wanted: Todo, store: ContentStore) -> Todo:
+    return Todo(
+        {k: v for k, v in wanted.cuts.items() if k not in store},
+        {k: v for k, v in wanted.captions.items() if k not in store},
+        {k: v for k, v in wanted.masks.items() if k not in store},
+    )
+
+
+def _tokens(store: ContentStore, keys: Iterable[str]) -> tuple[dict[str, int], int]:
+    """Length of each caption, by key, and how much of one is read."""
+    pairs = {key: entry["tokens"].tolist() for key, entry in store.read(keys, "tokens").items()}
+    return {key: count for key, (count, _) in pairs.items()}, next(iter(pairs.values()))[1]
+
+
+def _tell_of_long_captions(store: ContentStore, captions: dict[str, str]) -> None:
+    tokens, limit = _tokens(store, captions)
+    long = sorted(captions[key] for key, count in tokens.items() if count > limit)
     if long:
         say(
-            f"  {len(long)} captions are longer than the {most} tokens that the text encoder reads; the rest is cut off, as in:"
+            f"  {len(long)} captions are longer than the {limit} tokens that are read; the rest is cut off "
+            "(encode.caption_chunks reads more; all of them are listed in build/encoded/tokens.json), as in:"
         )
         say(f"    {long[0][:160]}")
-    with progress("encoding captions", len(keys), "captions") as bar:
-        for chunk in _chunks(keys, _CAPTIONS):
-            check_stop()
-            # always a full batch: the last bits of a value must not depend on what else is encoded with it
-            padded = [todo[k] for k in chunk] + [""] * (_CAPTIONS - len(chunk))
-            named = family.encode_captions(encoders, padded)
-            entries = {key: {part: values[i].to(dtype) for part, values in named.items()} for i, key in enumerate(chunk)}
-            for key, entry in entries.items():
-                if not all(values.isfinite().all() for values in entry.values()):
-                    raise UserError(
-                        f"the caption {todo[key][:100]!r} has no finite embedding in {dtype}: set encode.dtype to float32"
-                    )
-            store.add(entries)
-            bar.advance(len(chunk))
 
 
-@torch.inference_mode()
-def _encode_pictures(
-    todo: dict[str, tuple[Sample, bool]],
-    folder: Path,
-    family: Family,
-    model: LocalModel,
-    store: ContentStore,
-    dtype: torch.dtype,
-    device: torch.device,
-    check_stop: Callable[[], None],
-) -> None:
-    vae = family.load_vae(model, device)
-    pending: dict[str, Entry] = {}
-    # pictures of one size share a batch; both sides of a flip follow each other
-    keys = sorted(todo, key=lambda k: (todo[k][0].geometry.size, todo[k][0].path, todo[k][1]))
-    try:
-        with progress("encoding pictures", len(keys), "pictures") as bar:
-            for chunk in _batches_of_one_size(keys, todo):
-                check_stop()
-                pixels = [_pixels(folder, *todo[key]) for key in chunk]
-                # always a full batch, as with captions
-                full = torch.stack(pixels + [pixels[-1]] * (_batch_size(todo[chunk[0]][0]) - len(chunk)))
-                posterior = family.encode_pixels(vae, full.to(device))
-                for i, key in enumerate(chunk):
-                    mean, std = posterior.mean[i].to(dtype).cpu(), posterior.std[i].to(dtype).cpu()
-                    if not (mean.isfinite().all() and std.isfinite().all()):
-                        raise UserError(
-                            f"{todo[key][0].path}: its latents are not finite in {dtype}: set encode.dtype to float32 or "
-                            "bfloat16, or look at the picture"
-                        )
-                    pending[key] = {"mean": mean, "std": std, "geometry": geometry_condition(*todo[key])}
-                if len(pending) >= _KEEP_EVERY:
-                    store.add(pending)
-                    pending = {}
-                bar.advance(len(chunk))
-    finally:
-        store.add(pending)
-
-
-def _batch_size(sample: Sample) -> int:
-    """Pictures per forward pass of the VAE, whose memory grows with their area."""
-    width, height = sample.geometry.size
-    return max(1, min(_PICTURES, _PICTURES * 512 * 512 // (width * height)))
-
-
-def geometry_condition(sample: Sample, flipped: bool) -> Tensor:
-    """Original height and width, crop top and left (mirrored with the picture), target height and width: (6,) float32."""
-    g = sample.geometry
-    left, top, right, _ = g.crop
-    width, height = g.size
-    crop_left = g.resized[0] - right if flipped else left
-    return torch.tensor([g.original[1], g.original[0], top, crop_left, height, width], dtype=torch.float32)
-
-
-def _pixels(folder: Path, sample: Sample, flipped: bool) -> Tensor:
-    """(3, H, W) in [-1, 1].
-
-    Raises:
-        UserError: the file is not what the manifest describes.
-    """
-    path = folder / sample.path
-    try:
-        image = decode(path, max_pixels=2**62)  # the manifest holds only pictures that were let in
-    except BadImage as bad:
-        raise UserError(f"{sample.path} {bad}, but was fine when prepare-dataset read it: run again") from None
-    if hash_pixels(image) != sample.pixels:
-        raise UserError(f"{sample.path} changed since prepare-dataset read it: run again")
-    picture = cut(image, sample.geometry)
-    if flipped:
-        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return torch.from_numpy(np.asarray(picture, np.float32) / 127.5 - 1).permute(2, 0, 1)
-
-
-def _batches_of_one_size(keys: Sequence[str], todo: dict[str, tuple[Sample, bool]]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    for key in keys:
-        if batch and (len(batch) == _batch_size(todo[key][0]) or todo[key][0].geometry.size != todo[batch[0]][0].geometry.size):
-            yield batch
-            batch = []
-        batch.append(key)
-    if batch:
-        yield batch
-
-
-def _chunks(keys: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    for i in range(0, len(keys), size):
-        yield keys[i : i + size]
+def _histogram(counts: list[int]) -> dict[str, int]:
+    limits = (10, 20, 40, 75, 150, 225)
+    names = [next((f"up to {limit:03d}" for limit in limits if count <= limit), "over 225") for count in counts]
+    return {name: names.count(name) for name in sorted(set(names))}

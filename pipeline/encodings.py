@@ -1,22 +1,26 @@
 """Encodings keyed by content: the keys, the store that outlives runs, and the shards that training reads.
 
-A *latent* entry holds `mean` and `std` of the normalised posterior, (C, h, w), and `geometry`, (6,) float32. A *text*
-entry holds the family's named embeddings. An entry's key is a hash of all that its values depend on, so a key that is
-present is valid, whatever its file is called and whenever it was written.
+A *latent* entry holds `mean` and `std` of the normalised posterior, (C, h, w), and `geometry`, (6,) float32. A *mask* entry
+holds `mask`, (1, h, w) float32 in [0, 1]. A *text* entry holds the family's named embeddings, and `tokens`, (2,): the caption's length
+and how much of it is read. An entry's key is a hash of all that its values depend on, so a key that is present is valid, whatever
+its file is called and whenever it was written.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pipeline.dataset.images import Geometry
+from pipeline.dataset.geometry import Geometry
 from pipeline.files import hash_json, write_json
 from pipeline.progress import say
 from pipeline.safetensors_file import write_safetensors
@@ -32,10 +36,24 @@ def latent_key(pixels: str, geometry: Geometry, flipped: bool, vae: str, dtype: 
     return hash_json(["latents", SCHEMA, pixels, asdict(geometry), flipped, vae, dtype])[:32]
 
 
-def text_key(caption: str, encoders: str, dtype: str) -> str:
-    """Identity of one encoded caption. `encoders`: the fingerprint of text encoders and tokenizers, which states their
-    length limit too."""
-    return hash_json(["text", SCHEMA, caption, encoders, dtype])[:32]
+@dataclass(frozen=True)
+class Reading:
+    """How captions are read."""
+
+    encoders: str  # fingerprint of text encoders and tokenizers, which states their length limit too
+    chunks: int  # stretches of the encoder's length that a caption may fill
+    clip_skip: int  # layers left out at the encoder's end, in diffusers' count
+    dtype: str
+
+
+def text_key(caption: str, reading: Reading) -> str:
+    """Identity of one encoded caption."""
+    return hash_json(["text", SCHEMA, caption, asdict(reading)])[:32]
+
+
+def mask_key(mask: str, geometry: Geometry, flipped: bool, cell: int) -> str:
+    """Identity of one resized mask. `mask`: hash of the decoded mask; `cell`: pixels per latent cell."""
+    return hash_json(["mask", SCHEMA, mask, asdict(geometry), flipped, cell])[:32]
 
 
 class ContentStore:
@@ -48,7 +66,11 @@ class ContentStore:
         self.folder = folder
         self._segment_of: dict[str, Path] = {}
         folder.mkdir(parents=True, exist_ok=True)
-        for segment in sorted(folder.glob("*.safetensors")):
+        self.look_again()
+
+    def look_again(self) -> None:
+        """Find what lies in the folder, from other processes too."""
+        for segment in sorted(self.folder.glob("*.safetensors")):
             try:
                 with safe_open(segment, framework="pt") as file:
                     names = list(file.keys())
@@ -65,17 +87,30 @@ class ContentStore:
         """Keep the entries; they are on disk when this returns."""
         if entries:
             segment = self.folder / f"{hash_json(sorted(entries))[:24]}.safetensors"
-            write_safetensors(segment, _flat(entries))
+            tensors = _flat(entries)
+            write_safetensors(segment, tensors, {"sha256": hash_tensors(tensors)})
             self._segment_of.update((key, segment) for key in entries)
 
-    def read(self, keys: Iterable[str]) -> dict[str, Entry]:
-        """The entries of these keys, which must be present."""
+    def keys(self) -> list[str]:
+        """Of every entry."""
+        return list(self._segment_of)
+
+    def keys_in(self, segment: Path) -> list[str]:
+        """Of the entries in one file."""
+        return [key for key, file in self._segment_of.items() if file == segment]
+
+    def segments(self) -> list[Path]:
+        """Every file of the store."""
+        return sorted(set(self._segment_of.values()))
+
+    def read(self, keys: Iterable[str], part: str | None = None) -> dict[str, Entry]:
+        """The entries of these keys, which must be present, or only one part of each."""
         by_segment = defaultdict(list)
         for key in keys:
             by_segment[self._segment_of[key]].append(key)
         entries: dict[str, Entry] = {}
         for segment, wanted in by_segment.items():
-            entries.update(_read_entries(segment, wanted))
+            entries.update(_read_entries(segment, wanted, part))
         return entries
 
 
@@ -84,11 +119,14 @@ class EncodedSample:
     """What training knows of a picture."""
 
     id: str
-    caption: str
+    captions: tuple[str, ...]  # variants of each other
     split: str
     size: tuple[int, int]  # width, height in pixels: only pictures of one size share a batch
     latents: tuple[str, ...]  # keys: as it is, and mirrored if `encode.flip`
-    text: str  # key
+    texts: tuple[str, ...]  # keys, one per caption
+    masks: tuple[str, ...] = ()  # keys, one per latent; empty: the loss counts everywhere
+    repeats: int = 1  # how often an epoch shows it
+    regularisation: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,15 +135,20 @@ class Index:
 
     family: str
     dtype: str
+    clip_skip: int
     empty_text: str  # key of the empty caption
     samples: tuple[EncodedSample, ...]  # sorted by id: renaming a picture changes nothing
 
 
 def write_encoded(out: Path, index: Index, store: ContentStore) -> None:
-    """Write `index.json` and the shards. An entry's shard is settled by its key alone, so a new picture rewrites one."""
+    """Write `index.json` and the shards. An entry's shard is settled by its key alone, so a new picture
+    rewrites one."""
     latents = sorted({key for s in index.samples for key in s.latents})
-    texts = sorted({s.text for s in index.samples} | {index.empty_text})
-    for kind, keys in (("latents", latents), ("text", texts)):
+    masks = sorted({key for s in index.samples for key in s.masks})
+    texts = sorted({key for s in index.samples for key in s.texts} | {index.empty_text})
+    for kind, keys in (("latents", latents), ("masks", masks), ("text", texts)):
+        if not keys:
+            continue
         probe = store.read(keys[:1])[keys[0]]
         total = len(keys) * sum(t.numel() * t.element_size() for t in probe.values())
         shards: dict[int, list[str]] = defaultdict(list)
@@ -122,9 +165,7 @@ class Encodings:
 
     def __init__(self, folder: Path) -> None:
         fields = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        samples = tuple(
-            EncodedSample(**{**s, "size": tuple(s["size"]), "latents": tuple(s["latents"])}) for s in fields.pop("samples")
-        )
+        samples = tuple(_sample(sample) for sample in fields.pop("samples"))
         self.index = Index(samples=samples, **fields)
         self._files = {}
         self._file_of: dict[str, str] = {}
@@ -146,9 +187,28 @@ class Encodings:
         file = self._files[self._file_of[key]]
         return {part: file.get_tensor(f"{key}.{part}") for part in self._parts[key]}
 
+    def text(self, key: str) -> Entry:
+        """The named embeddings of a caption, and nothing else."""
+        return {part: values for part, values in self.read(key).items() if part != "tokens"}
+
     def read_many(self, keys: Sequence[str]) -> list[Entry]:
         """Entries in the order of `keys`."""
         return [self.read(key) for key in keys]
+
+
+def _sample(fields: dict[str, Any]) -> EncodedSample:
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+    return EncodedSample(**values)
+
+
+def hash_tensors(tensors: Entry) -> str:
+    """sha256 over names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
+        digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()
 
 
 def _shard_count(total_bytes: int) -> int:
@@ -163,12 +223,12 @@ def _flat(entries: dict[str, Entry]) -> dict[str, Tensor]:
     return {f"{key}.{part}": tensor for key, entry in entries.items() for part, tensor in entry.items()}
 
 
-def _read_entries(path: Path, keys: Sequence[str]) -> dict[str, Entry]:
+def _read_entries(path: Path, keys: Sequence[str], only: str | None) -> dict[str, Entry]:
     wanted = set(keys)
     entries: dict[str, Entry] = {key: {} for key in keys}
     with safe_open(path, framework="pt") as file:
         for name in file.keys():
             key, _, part = name.partition(".")
-            if key in wanted:
+            if key in wanted and only in (None, part):
                 entries[key][part] = file.get_tensor(name)
     return entries

@@ -10,8 +10,9 @@ import torch
 from pipeline.config import load_params
 from pipeline.device import pick_device
 from pipeline.errors import UserError
-from pipeline.evaluate.sampling import Sampler, Shot, draw_shots, use_scheduler
-from pipeline.export.diffusers_format import FILE_NAME, load_into
+from pipeline.evaluate.sampling import Sampler, Shot, draw_shots, sampling_changes, use_scheduler
+from pipeline.export.adapter_file import load_into, read_metadata
+from pipeline.export.diffusers_format import FILE_NAME
 from pipeline.families import family
 from pipeline.model_source import ModelSource, resolve
 from pipeline.progress import progress
@@ -24,30 +25,36 @@ def generate(
     """Draw `count` pictures into `out`, seeds counting up from `seed`; yields their paths.
 
     Args:
-        adapter: a diffusers adapter file; None for the exported one; the name `none` for the base alone.
+        adapter: an adapter file in any format; None for the exported one; the name `none` for the base alone.
 
     Raises:
         UserError: the adapter is missing or no safetensors file.
     """
     params = load_params(workspace.params)
     bare = adapter is not None and str(adapter) == "none"
-    path = adapter or workspace.root / DIST / FILE_NAME
+    exported = [workspace.root / DIST / name for name in (FILE_NAME, f"{params.export.name}.safetensors")]
+    path = adapter or next((p for p in exported if p.is_file()), exported[0])
     if not bare and not path.is_file():
         hint = "give its path, or `none` for the base alone" if adapter else "run the pipeline first, or give --adapter"
         raise UserError(f"no adapter at {path}: {hint}")
-    if not bare and path.suffix != ".safetensors":
-        raise UserError(f"{path}: only .safetensors files are loaded; a pickle can run code")
+    if not bare:
+        read_metadata(path)  # a pickle is refused before the base is loaded
     model, settings = params.model, params.validate_
     device = pick_device(params.runtime.device)
-    pipeline = family(model.family).load_pipeline(
-        resolve(ModelSource(model.base, model.revision, model.variant), workspace.root), device, torch.float32
-    )
-    use_scheduler(pipeline, settings.scheduler)
+    kind, base = family(model.family), resolve(ModelSource(model.base, model.revision, model.variant), workspace.root)
+    pipeline = kind.load_pipeline(base, device, torch.float32)
+    use_scheduler(pipeline, settings.scheduler, sampling_changes(model.prediction, model.zero_terminal_snr))
     if not bare:
-        load_into(pipeline, path, scale)
+        load_into(pipeline, path, scale, kind.base_version(base).layers_per_block)
     side = params.dataset.resolution
     sampler = Sampler(
-        settings.scheduler, settings.inference_steps, settings.guidance_scale, settings.negative_prompt, side, side
+        settings.scheduler,
+        settings.inference_steps,
+        settings.guidance_scale,
+        settings.negative_prompt,
+        side,
+        side,
+        params.encode.clip_skip,
     )
     with progress("drawing", count, "pictures") as bar:
         shots = [Shot(prompt, seed + i, 0.0 if bare else scale) for i in range(count)]

@@ -22,11 +22,17 @@ class Purpose(IntEnum):
     FLIP = 5
     CAPTION_DROPOUT = 6
     EVALUATION = 7
+    CAPTION_VARIANT = 8
+    NOISE_OFFSET = 101
+    PYRAMID_NOISE = 102
+    PERTURBATION = 103
 
 
 def draw(seed: int, purpose: Purpose, step: int = 0, position: int = 0) -> np.random.Generator:
     """The generator of one sample's draws; cheap to make (some microseconds)."""
-    return np.random.Generator(np.random.Philox(key=[seed, int(purpose)], counter=[0, 0, step, position]))
+    # as a list, a position of 64 bits would be rounded to a float's 53
+    counter = np.array([0, 0, step, position], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=[seed, int(purpose)], counter=counter))
 
 
 def torch_seed(seed: int, step: int = 0) -> int:

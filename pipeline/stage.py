@@ -30,7 +30,7 @@ from ruamel.yaml import YAML
 
 from pipeline.config import Params, load_params
 from pipeline.errors import AlreadyRunning, Interrupted, UserError
-from pipeline.files import hash_json, hash_tree
+from pipeline.files import hash_file, hash_json, hash_tree
 from pipeline.model_source import ModelSource, pin_of
 from pipeline.progress import say
 from pipeline.workspace import Workspace
@@ -53,12 +53,17 @@ class Snapshot:
 
     params: dict[str, Any]
     deps: dict[str, dict[str, str]]
-    base: dict[str, str]  # pins of local base models: DVC does not see those folders
+    base: dict[str, str]  # pins of local base models and of the adapter to start from: DVC does not see those files
 
     @property
     def fingerprint(self) -> str:
         """Names the work directory, so that a checkpoint is never resumed under other settings."""
         return hash_json([self.params, self.deps, self.base])[:16]
+
+    def fingerprint_without(self, section: str, *keys: str) -> str:
+        """The fingerprint as it would be if these keys of a section did not count."""
+        rest = {key: value for key, value in self.params[section].items() if key not in keys}
+        return hash_json([{**self.params, section: rest}, self.deps, self.base])[:16]
 
     @property
     def identity(self) -> str:
@@ -98,6 +103,7 @@ class Stage:
     work: Path
     identity: str
     stop: StopRequest
+    snapshot: Snapshot
 
     def source(self) -> ModelSource:
         model = self.params.model
@@ -131,7 +137,7 @@ def run_stage(name: str, body: Callable[[Stage], None], after: Callable[[Stage],
             if os.environ.get("REPROLORA_FORCE") == "1":
                 _empty(work)
             shutil.rmtree(work / "outs", ignore_errors=True)
-            stage = Stage(name, params, workspace, work, before.identity, stop)
+            stage = Stage(name, params, workspace, work, before.identity, stop, before)
             body(stage)
             _refuse_edits(workspace, declaration, before, name)
             _publish(stage, declaration)
@@ -177,10 +183,13 @@ def snapshot(workspace: Workspace, declaration: Declaration, params: Params) -> 
             raise UserError(f"{dep} is missing: {hint}")
         deps[dep] = hash_tree(path)
     base = {}
-    folders = {"model": params.model.base, "validate": params.validate_.clip_model}
+    folders = {"dataset": params.dataset.auto_caption, "model": params.model.base, "validate": params.validate_.clip_model}
     for section, folder in folders.items():
         if section in declaration.params and folder and (workspace.root / folder).is_dir():
             base[section] = pin_of(workspace.root / folder)
+    start = params.lora.init_from
+    if "lora" in declaration.params and start and (workspace.root / start).is_file():
+        base["lora.init_from"] = hash_file(workspace.root / start)
     return Snapshot({s: params.section(s) for s in declaration.params}, deps, base)
 
 
@@ -192,7 +201,11 @@ def differences(before: Snapshot, after: Snapshot) -> list[str]:
         changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
         if changed:
             lines.append(dep if changed == ["."] else f"{dep}: {', '.join(changed[:3])}{' …' if len(changed) > 3 else ''}")
-    lines += [f"the files of {section}'s model" for section in before.base if before.base[section] != after.base.get(section)]
+    lines += [
+        f"the files of {section if '.' in section else section + chr(39) + 's model'}"
+        for section in before.base
+        if before.base[section] != after.base.get(section)
+    ]
     return lines
 
 

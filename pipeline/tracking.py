@@ -116,7 +116,8 @@ def _send_live(stage: Stage, incoming: queue.Queue[list[Row] | None]) -> None:
     try:
         client, experiment = connect(stage.workspace, stage.params.tracking)
         fresh = os.environ.get("REPROLORA_FORCE") == "1"
-        run = Run("train-lora", stage.identity, _train_params(stage.params.model_dump(mode="json", by_alias=True)), {}, ())
+        sections = {name: stage.params.section(name) for name in ("model", "lora", "train")}
+        run = Run("train-lora", stage.identity, _flat(sections), {}, ())
         run_id = _find_or_create(client, experiment, run, parent=None, fresh=fresh)
         client.update_run(run_id, status="RUNNING")
         while open_:
@@ -280,7 +281,7 @@ def _runs_of_files(workspace: Workspace) -> list[Run]:
         Run(
             "train-lora",
             training["identity"],
-            _train_params(training),
+            _flat(training["params"]),
             {"final_loss": _json(root / TRAIN_REPORT / "metrics.json")["final_loss"]},
             (root / ADAPTER / "adapter.safetensors", root / ADAPTER / "training.json"),
             curve,
@@ -317,10 +318,6 @@ def _runs_of_files(workspace: Workspace) -> list[Run]:
             )
         )
     return runs
-
-
-def _train_params(sections: dict[str, Any]) -> dict[str, Any]:
-    return _flat({name: sections[name] for name in ("model", "lora", "train")})
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
-import os
-import resource
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,32 +12,44 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import lora
+from pipeline.average import final_weights, update_average
 from pipeline.batches import Batches
-from pipeline.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from pipeline.checkpoint import Checkpoint, best_so_far, latest_checkpoint, save_best, save_checkpoint
 from pipeline.config import Train
-from pipeline.diffusion import Objective, mse_per_sample
+from pipeline.curve import Curve, Row, read_curve
+from pipeline.device import arrange, attention_kernel, out_of_memory, peak_mib
+from pipeline.diffusion import Objective, logit_normal, power, within
 from pipeline.errors import UserError
+from pipeline.evaluate.losses import Questions, mean_loss, spread
 from pipeline.families.base import Family
-from pipeline.files import write_text
-from pipeline.optim import adamw, learning_rate_at
+from pipeline.losses import Huber, Loss, sample_losses
+from pipeline.noise import NoiseShape
+from pipeline.optim import build_optimiser, learning_rate_at, scaled_learning_rate
 from pipeline.progress import progress, say
 from pipeline.randomness import torch_seed
+from pipeline.safetensors_file import read_safetensors
+
+__all__ = ["Hardware", "read_curve", "train"]
 
 _READ_EVERY = 10  # steps between looks at the loss: each look waits for the device
+_HELD_OUT_SAMPLES, _HELD_OUT_TIMESTEPS = 64, 8  # what a look at the held-out loss costs at most: 512 forward passes
+_LEAST_SCALE = 2.0**-10  # a float16 loss scale below this means that no step succeeds any more
 
-CURVE_COLUMNS = ("step", "loss", "learning_rate", "grad_norm")
-Row = dict[str, float]
 Observer = Callable[[list[Row]], None]
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """How the machine is used; nothing here changes what is computed, but for the order of float sums."""
+    """How the machine is used; nothing here changes what is computed, but for rounding and the order of float sums."""
 
     device: torch.device
     micro_batch: int | None  # samples per forward pass; None: the whole batch
     checkpoint_every: int  # steps
     keep_checkpoints: int
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    channels_last: bool = False
+    attention: str = "auto"
 
 
 def train(
@@ -63,66 +69,111 @@ def train(
     Args:
         denoiser: frozen base with LoRA layers, on the CPU.
         batches: the data; order and draws are functions of (seed, step, position).
-        work: folder of checkpoints and of the curve so far.
+        work: folder of checkpoints and of the curves so far.
         stop: asked between steps; when true a checkpoint is saved and `check_stop` raises.
         check_stop: raises `Interrupted`, given what was saved.
-        observe: told of every few steps' losses and rates.
+        observe: told of every few steps' losses and rates, and of held-out losses.
 
     Returns:
-        The adapter's weights, float32, on the CPU.
+        The adapter's weights, float32, on the CPU: the last, averaged if asked for, or those of the best held-out loss.
 
     Raises:
-        UserError: the loss or the gradient is not finite; the checkpoints so far stay.
+        UserError: the loss or the gradient is not finite, or memory does not do; the checkpoints so far stay.
     """
     from accelerate import Accelerator
 
+    if settings.mixed_precision == "fp16" and hardware.device.type != "cuda":
+        raise UserError(f"train.mixed_precision: fp16 needs CUDA, and the device is {hardware.device.type}: use bf16 or no")
+    steps = settings.length(batches.steps_per_epoch)
+    rates = _learning_rates(settings, steps)
     parameters = lora.trainable_parameters(denoiser)
-    optimiser = adamw(parameters, settings.learning_rate, settings.weight_decay)
+    optimiser = build_optimiser(
+        settings.optimiser, parameters, _peak(settings), settings.weight_decay, settings.optimiser_args.given()
+    )
     accelerator = Accelerator(cpu=hardware.device.type == "cpu", mixed_precision=settings.mixed_precision)
+    arrange(denoiser, hardware.gradient_checkpointing, hardware.compile, hardware.channels_last)
     model, optimiser = accelerator.prepare(denoiser.train(), optimiser)
-    first = _resume(work, denoiser, optimiser)
-    curve = Curve(work / "curve.jsonl", first)
+    average = [p.detach().clone() for p in parameters] if settings.ema_decay else None
+    first = _resume(work, denoiser, optimiser, average, accelerator.scaler)
+    curve, held_out = Curve(work / "curve.jsonl", first), Curve(work / "held_out.jsonl", first + 1)
+    questions = _questions(batches, settings, steps)
     pending: list[tuple[int, Tensor, Tensor]] = []  # (step, loss, gradient norm), still on the device
 
     def settle() -> None:
-        rows = _read(pending, batches, settings)
+        rows = _read(pending, batches, settings, rates, accelerator.scaler)
         pending.clear()
         curve.append(rows)
         observe(rows)
 
     def save(step: int) -> None:
         settle()  # raises if a loss was not finite: a checkpoint is always a good one
-        adapter = {k: v.detach().cpu().clone() for k, v in lora.state(denoiser).items()}
-        checkpoint = Checkpoint(step, adapter, optimiser.state_dict()["state"])
+        state = optimiser.state_dict()
+        checkpoint = Checkpoint(
+            step,
+            _weights(denoiser),
+            state["state"],
+            tuple(map(_learned, state["param_groups"])),
+            None if average is None else {str(i): mean for i, mean in enumerate(average)},
+            accelerator.scaler.state_dict() if accelerator.scaler else None,
+        )
         save_checkpoint(work / "checkpoints", checkpoint, hardware.keep_checkpoints)
 
-    with progress("training", settings.steps, "steps", done=first) as bar:
-        for step in range(first, settings.steps):
-            if stop():
-                save(step)
-                check_stop(f"step {step} of {settings.steps} is saved")
-            torch.manual_seed(torch_seed(settings.seed, step + 1))  # what LoRA dropout draws from
-            rate = learning_rate_at(step, settings.learning_rate, settings.schedule, settings.steps, settings.warmup_steps)
-            for group in optimiser.param_groups:
-                group["lr"] = rate
-            members = batches.members(step)
-            micro = hardware.micro_batch or len(members)
-            loss = torch.zeros((), device=accelerator.device)
-            for start in range(0, len(members), micro):
-                part = _loss_sum(model, family, objective, batches, step, start, start + micro, accelerator.device)
-                part = part / len(members)
-                accelerator.backward(part)
-                loss += part.detach()
-            norm = accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
-            optimiser.step()
-            optimiser.zero_grad()
-            pending.append((step, loss, norm.detach()))
-            if (step + 1) % hardware.checkpoint_every == 0 or step + 1 == settings.steps:
-                save(step + 1)
-            elif len(pending) == _READ_EVERY:
-                settle()
-            bar.advance(note=f"loss {curve.smoothed:.4f}, {_memory_mib():.0f} MiB" if curve.rows else "")
-    return {k: v.detach().cpu().clone() for k, v in lora.state(denoiser).items()}
+    def measure(step: int) -> None:
+        assert questions is not None
+        settle()
+        with final_weights(parameters, average, optimiser), progress("", 0, "") as silent:
+            size = hardware.micro_batch or settings.batch_size
+            value = mean_loss(
+                model.eval(), family, objective, batches.encodings, questions, size, accelerator.device, lambda: None, silent
+            )
+            model.train()
+            best = best_so_far(work / "best.safetensors")
+            if settings.keep == "best" and step and (best is None or value < best[1]):
+                save_best(work / "best.safetensors", _weights(denoiser), step, value)
+        held_out.append([{"step": step, "held_out_loss": value}])
+        observe(held_out.rows[-1:])
+
+    try:
+        with progress("training", steps, "steps", done=first) as bar, attention_kernel(hardware.attention):
+            if questions and not held_out.rows:
+                measure(first)  # the base: what all later ones are to be held against
+            for step in range(first, steps):
+                if stop():
+                    save(step)
+                    check_stop(f"step {step} of {steps} is saved")
+                torch.manual_seed(torch_seed(settings.seed, step + 1))  # what LoRA dropout draws from
+                for group in optimiser.param_groups:
+                    group["lr"] = rates(step)
+                members = batches.members(step)
+                micro = hardware.micro_batch or len(members)
+                loss = torch.zeros((), device=accelerator.device)
+                for start in range(0, len(members), micro):
+                    part = _loss_sum(
+                        model, family, objective, batches, settings, step, start, start + micro, accelerator.device
+                    )
+                    part = part / len(members)
+                    accelerator.backward(part)
+                    loss += part.detach()
+                norm = accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
+                optimiser.step()
+                optimiser.zero_grad()
+                if average is not None and settings.ema_decay:
+                    update_average(average, parameters, settings.ema_decay, step)
+                pending.append((step, loss, norm.detach()))
+                if settings.held_out_every and (step + 1) % settings.held_out_every == 0:
+                    measure(step + 1)  # before the checkpoint: whoever goes on from that finds it measured
+                if (step + 1) % hardware.checkpoint_every == 0 or step + 1 == steps:
+                    save(step + 1)
+                elif len(pending) == _READ_EVERY:
+                    settle()
+                bar.advance(note=f"loss {curve.smoothed:.4f}, {peak_mib():.0f} MiB" if curve.rows else "")
+    except torch.OutOfMemoryError as error:
+        count = sum(p.numel() for p in parameters)
+        raise out_of_memory(denoiser, count, hardware.micro_batch or settings.batch_size, error) from error
+    if settings.keep == "best":
+        return read_safetensors(work / "best.safetensors")
+    with final_weights(parameters, average, optimiser):
+        return _weights(denoiser)
 
 
 def _loss_sum(
@@ -130,6 +181,7 @@ def _loss_sum(
     family: Family,
     objective: Objective,
     batches: Batches,
+    settings: Train,
     step: int,
     start: int,
     stop: int,
@@ -137,10 +189,13 @@ def _loss_sum(
 ) -> Tensor:
     """The summed loss of positions [start, stop) of a step's batch: a scalar with gradients."""
     batch = batches.batch(step, start, stop)
-    x_0, noise = batch.x_0.to(device), batch.noise.to(device)
-    t = objective.timesteps(batch.u).to(device)
+    shape = NoiseShape(settings.noise_offset, settings.pyramid_noise, settings.input_perturbation)
+    noise = shape.noise(batch.noise, settings.seed, step, start)
+    input_noise = shape.input_noise(noise, settings.seed, step, start).to(device)
+    x_0, noise = batch.x_0.to(device), noise.to(device)
+    t = objective.timesteps(_placed(batch.u, settings)).to(device)
     text = {part: values.to(device) for part, values in batch.text.items()}
-    x_t = objective.noised(x_0, noise, t)
+    x_t = objective.noised(x_0, input_noise, t)
     dtype = next(model.parameters()).dtype
     predicted = family.predict(
         model,
@@ -149,87 +204,105 @@ def _loss_sum(
         {part: values.to(dtype) for part, values in text.items()},
         batch.geometry.to(device),
     )
-    return mse_per_sample(predicted, objective.target(x_0, noise, t)).sum()
+    mask = None if batch.mask is None else batch.mask.to(device)
+    losses = sample_losses(_loss(settings), objective, predicted, objective.target(x_0, noise, t), t, mask)
+    return (losses * batch.weight.to(losses)).sum()
 
 
-def _resume(work: Path, denoiser: nn.Module, optimiser: Any) -> int:
+def _placed(u: Tensor, settings: Train) -> Tensor:
+    """Where on the schedule uniform draws fall, under the settings' bias and range."""
+    if settings.timestep_logit_normal:
+        u = logit_normal(u, *settings.timestep_logit_normal)
+    if settings.timestep_power:
+        u = power(u, settings.timestep_power)
+    return u if settings.timestep_range == (0.0, 1.0) else within(u, *settings.timestep_range)
+
+
+def _loss(settings: Train) -> Loss:
+    h = settings.huber
+    huber = Huber(h.c, h.schedule, h.scale) if h else None
+    return Loss(huber, settings.min_snr_gamma, settings.debiased)
+
+
+def _learning_rates(settings: Train, steps: int) -> Callable[[int], float]:
+    """The learning rate as a function of the step."""
+    cycles, exponent = settings.schedule_cycles or 1, settings.schedule_power or 1.0
+    return lambda step: learning_rate_at(
+        step, _peak(settings), settings.schedule, steps, settings.warmup_steps, cycles, exponent
+    )
+
+
+def _peak(settings: Train) -> float:
+    return scaled_learning_rate(settings.learning_rate, settings.batch_size, settings.scale_learning_rate)
+
+
+def _questions(batches: Batches, settings: Train, steps: int) -> Questions | None:
+    """What the held-out loss is measured on; None if it is not."""
+    if settings.held_out_every is None:
+        return None
+    if settings.held_out_every > steps:
+        raise UserError(f"train.held_out_every: {settings.held_out_every} is more than the training's {steps} steps: lower it")
+    held_out = [s for s in batches.encodings.samples("held-out") if not s.regularisation]
+    samples = spread(held_out, _HELD_OUT_SAMPLES)
+    if not samples:
+        raise UserError(
+            "train.held_out_every is set, but no picture is held out: raise dataset.held_out_fraction, or set it to null"
+        )
+    return Questions(samples, _HELD_OUT_TIMESTEPS)
+
+
+def _weights(denoiser: nn.Module) -> dict[str, Tensor]:
+    """A copy of the adapter as it stands, on the CPU."""
+    return {k: v.detach().cpu().clone() for k, v in lora.state(denoiser).items()}
+
+
+def _learned(group: dict[str, Any]) -> dict[str, Any]:
+    """What a parameter group holds besides parameters; without infinite bounds, which are settings and stand there anyway."""
+    return {k: v for k, v in group.items() if k != "params" and not (isinstance(v, float) and math.isinf(v))}
+
+
+def _resume(work: Path, denoiser: nn.Module, optimiser: Any, average: list[Tensor] | None, scaler: Any) -> int:
     """Load the newest checkpoint; returns the number of steps done."""
     checkpoint = latest_checkpoint(work / "checkpoints")
     if checkpoint is None:
         return 0
     lora.load_state(denoiser, checkpoint.adapter)
-    groups = optimiser.state_dict()["param_groups"]
+    groups = [
+        # JSON has made lists of pairs; settings are the settings', what the optimiser learned is the checkpoint's
+        {**group, **{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}}
+        for group, saved in zip(optimiser.state_dict()["param_groups"], checkpoint.groups, strict=True)
+    ]
     optimiser.load_state_dict({"state": checkpoint.optimiser, "param_groups": groups})
+    for i, mean in enumerate(average or ()):
+        assert checkpoint.average is not None
+        mean.copy_(checkpoint.average[str(i)])
+    if scaler is not None:
+        scaler.load_state_dict(checkpoint.scaler)
     say(f"  going on from the checkpoint at step {checkpoint.step}")
     return checkpoint.step
 
 
-def _read(pending: list[tuple[int, Tensor, Tensor]], batches: Batches, settings: Train) -> list[Row]:
+def _read(
+    pending: list[tuple[int, Tensor, Tensor]],
+    batches: Batches,
+    settings: Train,
+    rates: Callable[[int], float],
+    scaler: Any,
+) -> list[Row]:
     """Fetch losses and norms from the device, all at once."""
     if not pending:
         return []
     values = torch.stack([torch.stack([loss.float(), norm.float()]) for _, loss, norm in pending]).tolist()
+    # float16 gradients overflow now and then: that step is passed over and the loss scale halved
+    halving = scaler is not None and scaler.get_scale() > _LEAST_SCALE
     rows = []
     for (step, _, _), (loss, norm) in zip(pending, values, strict=True):
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            names = "\n".join(f"  {s.id}: {s.caption[:100]}" for s in batches.members(step))
+        if not (math.isfinite(loss) and (math.isfinite(norm) or halving)):
+            names = "\n".join(f"  {s.id}: {s.captions[0][:100]}" for s in batches.members(step))
             raise UserError(
                 f"training step {step}: loss {loss}, gradient norm {norm}: not finite. Its samples:\n{names}\n"
                 "The last good checkpoint is kept. Lower train.learning_rate, raise train.warmup_steps, or set "
                 f"train.mixed_precision to no (it is {settings.mixed_precision})"
             )
-        rate = learning_rate_at(step, settings.learning_rate, settings.schedule, settings.steps, settings.warmup_steps)
-        rows.append({"step": step, "loss": loss, "learning_rate": rate, "grad_norm": norm})
+        rows.append({"step": step, "loss": loss, "learning_rate": rates(step), "grad_norm": norm})
     return rows
-
-
-class Curve:
-    """The training curve in `work`, one JSON line a step; a resumed run cuts what lies beyond its checkpoint."""
-
-    def __init__(self, path: Path, steps: int) -> None:
-        self.path = path
-        old = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        self.rows: list[Row] = [row for row in (_parsed(line) for line in old) if row and row["step"] < steps]
-        write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
-        self.smoothed = sum(r["loss"] for r in self.rows[-50:]) / max(1, len(self.rows[-50:]))
-
-    def append(self, rows: list[Row]) -> None:
-        """Add steps, on disk when this returns."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
-            file.flush()
-            os.fsync(file.fileno())
-        self.rows += rows
-        recent = self.rows[-50:]
-        self.smoothed = sum(r["loss"] for r in recent) / len(recent)
-
-
-def curve_csv(rows: list[Row]) -> str:
-    """The curve as the CSV that DVC plots; a pure function of the rows."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, CURVE_COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({**row, "step": int(row["step"])} for row in rows)
-    return text.getvalue()
-
-
-def read_curve(work: Path) -> list[Row]:
-    """All rows of a finished or unfinished run."""
-    path = work / "curve.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-
-
-def _parsed(line: str) -> Row | None:
-    try:
-        row: Row = json.loads(line)
-    except json.JSONDecodeError:
-        return None  # the last line of a run that was killed while writing it
-    return row
-
-
-def _memory_mib() -> float:
-    """Peak memory of this process, or of the GPU where there is one, in MiB."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB here
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

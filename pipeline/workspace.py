@@ -47,6 +47,11 @@ class Workspace:
         return self.work / "store"
 
     @property
+    def captions(self) -> Path:
+        """Captions that a model wrote, by the picture's content."""
+        return self.work / "captions"
+
+    @property
     def journal(self) -> Path:
         """One line per stage execution: what ran, when, how it ended."""
         return self.work / "journal.jsonl"
@@ -59,6 +64,7 @@ class Workspace:
 
 # The tracked outs, relative to the root; dvc.yaml declares the same.
 DATASET = Path("build/dataset")
+UNPACKED = DATASET / "images"  # pictures out of archives
 DATASET_REPORT = Path("reports/dataset")
 ENCODED = Path("build/encoded")
 ADAPTER = Path("build/adapter")

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pipeline.dataset.manifest import write_manifest
 from pipeline.dataset.prepare import prepare, refuse_nothing_to_train_on, refuse_too_many_rejects
-from pipeline.dataset.report import write_report
+from pipeline.dataset.report import in_words, write_report
 from pipeline.progress import say
 from pipeline.stage import Stage
-from pipeline.workspace import DATASET, DATASET_REPORT
+from pipeline.workspace import DATASET, DATASET_REPORT, UNPACKED
 
 
 def main(stage: Stage) -> None:
     """Run the stage."""
-    settings = stage.params.dataset
-    manifest, rejects = prepare(stage.workspace.root, settings, stage.stop.check)
-    write_manifest(stage.out(DATASET), manifest, rejects)
-    listing = (stage.out(DATASET) / "rejects.jsonl").relative_to(stage.workspace.home)
-    refuse_too_many_rejects(rejects, settings, listing)
-    refuse_nothing_to_train_on(manifest, settings)
-    write_report(stage.out(DATASET_REPORT), stage.workspace.root, manifest, rejects, settings.max_pixels)
-    held_out = sum(s.split == "held-out" for s in manifest.samples)
-    say(
-        f"  {len(manifest.samples)} pictures: {len(manifest.samples) - held_out} to train on, {held_out} held out, {len(rejects)} rejected"
-    )
+    settings, root, out = stage.params.dataset, stage.workspace.root, stage.out(DATASET)
+
+    def auto_caption(pictures: list[tuple[Path, str]]) -> list[str]:
+        if not pictures:
+            return []
+        from pipeline.auto_caption import write_captions
+        from pipeline.device import pick_device
+        from pipeline.model_source import ModelSource, resolve
+
+        assert settings.auto_caption
+        source = ModelSource(settings.auto_caption, settings.auto_caption_revision)
+        model = resolve(source, root, "dataset.auto_caption")
+        device = pick_device(stage.params.runtime.device)
+        return write_captions(pictures, model, stage.workspace.captions, device, stage.stop.check)
+
+    unpacked = out / UNPACKED.relative_to(DATASET)
+    prepared = prepare(root, settings, stage.stop.check, unpacked, auto_caption)
+    write_manifest(out, prepared.manifest, prepared.rejects, prepared.left_out)
+    refuse_too_many_rejects(prepared.rejects, settings, (out / "rejects.jsonl").relative_to(stage.workspace.home))
+    refuse_nothing_to_train_on(prepared.manifest, settings)
+    write_report(stage.out(DATASET_REPORT), root, prepared, settings, unpacked)
+    say(f"  {in_words(prepared)}")

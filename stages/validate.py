@@ -13,10 +13,11 @@ from PIL import Image
 from pipeline import lora
 from pipeline.config import Validate
 from pipeline.device import pick_device
-from pipeline.encodings import EncodedSample, Encodings
+from pipeline.diffusion import overridden
+from pipeline.encodings import Encodings
 from pipeline.evaluate.clip import Clip, clip_score, style_shift
-from pipeline.evaluate.losses import Questions, mean_loss
-from pipeline.evaluate.sampling import Sampler, Shot, decode_latents, draw_shots, use_scheduler
+from pipeline.evaluate.losses import Questions, mean_loss, spread
+from pipeline.evaluate.sampling import Sampler, Shot, decode_latents, draw_shots, sampling_changes, use_scheduler
 from pipeline.families import family
 from pipeline.files import hash_file, write_json
 from pipeline.model_source import ModelSource, resolve
@@ -41,12 +42,20 @@ def main(stage: Stage) -> None:
     weights = read_safetensors(root / ADAPTER / "adapter.safetensors")
     width, height = Counter(s.size for s in encodings.index.samples).most_common(1)[0][0]
     sampler = Sampler(
-        settings.scheduler, settings.inference_steps, settings.guidance_scale, settings.negative_prompt, width, height
+        settings.scheduler,
+        settings.inference_steps,
+        settings.guidance_scale,
+        settings.negative_prompt,
+        width,
+        height,
+        encodings.index.clip_skip,
     )
-    sides = {split: _spread(encodings.samples(split), settings.loss_samples) for split in ("held-out", "train")}
+    ours = {split: [s for s in encodings.samples(split) if not s.regularisation] for split in ("held-out", "train")}
+    sides = {split: spread(samples, settings.loss_samples) for split, samples in ours.items()}
     pipeline = kind.load_pipeline(model, device, torch.float32)
-    use_scheduler(pipeline, settings.scheduler)
+    use_scheduler(pipeline, settings.scheduler, sampling_changes(params.model.prediction, params.model.zero_terminal_snr))
     denoiser = getattr(pipeline, kind.denoiser_key).eval()
+    objective = overridden(kind.objective(model), params.model.prediction, params.model.zero_terminal_snr)
     samples = stage.work / "samples"
     losses: dict[str, float] = {}
 
@@ -59,7 +68,7 @@ def main(stage: Stage) -> None:
                 losses[f"{prefix}{split.replace('-', '_')}_loss"] = mean_loss(
                     denoiser,
                     kind,
-                    kind.objective(model),
+                    objective,
                     encodings,
                     Questions(chosen, settings.loss_timesteps),
                     settings.batch_size,
@@ -87,7 +96,7 @@ def main(stage: Stage) -> None:
     main_scale = min(settings.scales, key=lambda s: abs(s - 1))
     if settings.clip_model:
         clip = Clip(resolve(ModelSource(settings.clip_model, settings.clip_revision), root, "validate.clip_model"), device)
-        seen = _spread(encodings.samples("train"), _CLIP_PICTURES)
+        seen = spread(ours["train"], _CLIP_PICTURES)
         means = torch.stack([encodings.read(s.latents[0])["mean"].float() for s in seen if s.size == (width, height)])
         metrics |= _clip_metrics(clip, settings, samples, main_scale, decode_latents(pipeline, means))
 
@@ -105,8 +114,8 @@ def main(stage: Stage) -> None:
             "identity": stage.identity,
             "adapter_identity": training["identity"],
             "adapter_sha256": hash_file(root / ADAPTER / "adapter.safetensors"),
-            "held_out_samples": len(encodings.samples("held-out")),
-            "train_samples": len(encodings.samples("train")),
+            "held_out_samples": len(ours["held-out"]),
+            "train_samples": len(ours["train"]),
             "width": width,
             "height": height,
             "main_scale": main_scale,
@@ -119,13 +128,6 @@ def main(stage: Stage) -> None:
 
 def _shots(settings: Validate, scale: float) -> list[Shot]:
     return [Shot(prompt, seed, scale) for seed in settings.seeds for prompt in settings.prompts]
-
-
-def _spread(samples: list[EncodedSample], most: int) -> list[EncodedSample]:
-    """At most `most` samples, spread evenly over the list, which is sorted by a content hash: an unbiased choice."""
-    if len(samples) <= most:
-        return samples
-    return [samples[i * len(samples) // most] for i in range(most)]
 
 
 def _clip_metrics(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from encoded import encode_folder
+from encoded import FLIPPED, encode_folder
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,7 +20,7 @@ from pipeline.encodings import Encodings
 @pytest.fixture(scope="module")
 def encodings(tmp_path_factory: pytest.TempPathFactory, pictures_folder: Path, sd_folder: Path) -> Encodings:
     out = tmp_path_factory.mktemp("encoded")
-    return encode_folder(pictures_folder, sd_folder, out / "store", out / "out", flip=True, held_out_fraction=0.0)[0]
+    return encode_folder(pictures_folder, sd_folder, out / "store", out / "out", how=FLIPPED, held_out_fraction=0.0)[0]
 
 
 groups = st.lists(st.integers(1, 23), min_size=1, max_size=5).map(
@@ -67,7 +69,7 @@ def test_latents_and_captions_stay_together(encodings: Encodings) -> None:
         batch = batches.batch(step, 0, 3)
         for i, sample_id in enumerate(batch.ids):
             sample = by_id[sample_id]
-            assert torch.equal(batch.text["hidden"][i], encodings.read(sample.text)["hidden"])
+            assert torch.equal(batch.text["hidden"][i], encodings.text(sample.texts[0])["hidden"])
             sides = [encodings.read(key) for key in sample.latents]
             assert any(((batch.x_0[i] - e["mean"]).abs() <= 7 * e["std"]).all() for e in sides)
 
@@ -80,7 +82,7 @@ def test_every_step_draws_the_posterior_and_the_flip_anew(encodings: Encodings) 
         batch = batches.batch(step, 0, 10)
         for i, sample_id in enumerate(batch.ids):
             draws.setdefault(sample_id, []).append(batch.x_0[i])
-        positions = [batches._side(s, step, p) == s.latents[1] for p, s in enumerate(batches.members(step))]
+        positions = [batches._side(s, step, p) == 1 for p, s in enumerate(batches.members(step))]
         flips.update(positions)
     assert 0.45 < flips[True] / 2000 < 0.55
     sample = encodings.index.samples[0]
@@ -106,3 +108,32 @@ def test_timesteps_and_noise_are_fresh_and_spread(encodings: Encodings) -> None:
     assert len(u.unique()) == 1000 and (torch.histc(u, 10, 0, 1) - 100).abs().max() < 45
     noise = batches.batch(0, 0, 10).noise
     assert len(torch.unique(noise.flatten(1), dim=0)) == 10 and noise.std().item() == pytest.approx(1, abs=0.05)
+
+
+def test_repeats_variants_and_regularisation(encodings: Encodings) -> None:
+    """An epoch shows repeats as often as asked, as many regularisation pictures as others, and every variant in time."""
+    samples = list(encodings.index.samples)
+    own = [replace(s, repeats=1 + i % 3) for i, s in enumerate(samples[:6])]
+    prior = [replace(s, regularisation=True) for s in samples[6:]]
+    other = samples[0].texts[0]
+    own[1] = replace(own[1], captions=("a", "b"), texts=(own[1].texts[0], other))
+    changed = copy(encodings)
+    changed.index = replace(encodings.index, samples=(*own, *prior))
+    batches = Batches(changed, 5, seed=3, prior_weight=0.25)
+    epochs = []
+    for epoch in range(3):
+        steps = range(epoch * batches.steps_per_epoch, (epoch + 1) * batches.steps_per_epoch)
+        epochs.append(Counter(s.id for step in steps for s in batches.members(step)))
+    for seen in epochs:
+        assert all(seen[s.id] == s.repeats for s in own)
+        assert sum(seen[s.id] for s in prior) == sum(s.repeats for s in own) == 12
+    assert all(sum(seen[s.id] for seen in epochs) == 9 for s in prior)  # each its turn: 36 over 4
+    texts, weights = Counter(), {}
+    for step in range(120):
+        batch = batches.batch(step, 0, 5)
+        for i, sample_id in enumerate(batch.ids):
+            weights[sample_id] = batch.weight[i].item()
+            if sample_id == own[1].id:
+                texts[next(k for k in own[1].texts if torch.equal(batch.text["hidden"][i], encodings.text(k)["hidden"]))] += 1
+    assert all(weights[s.id] == 1.0 for s in own) and all(weights[s.id] == 0.25 for s in prior)
+    assert min(texts.values()) > 0.3 * sum(texts.values()) and len(texts) == 2

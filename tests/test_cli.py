@@ -65,7 +65,7 @@ def orphan_picture(project: Project) -> None:
         (empty_folder, "no picture in"),
         (truncate, "photo.jpg: is damaged"),
         (orphan_caption, "lonely.txt: is a caption without a picture"),
-        (orphan_picture, "silent.png: has no caption: silent.txt is missing"),
+        (orphan_picture, "silent.png: has no caption"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

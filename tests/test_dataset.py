@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.config import Dataset
-from pipeline.dataset.images import BadImage, centre_crop, cut, decode, hash_pixels
+from pipeline.dataset.captions import with_trigger
+from pipeline.dataset.geometry import cut, fit
+from pipeline.dataset.images import BadImage, decode, hash_pixels
 from pipeline.dataset.manifest import read_manifest, split_of, write_manifest
-from pipeline.dataset.prepare import prepare, refuse_nothing_to_train_on, refuse_too_many_rejects, with_trigger
+from pipeline.dataset.prepare import prepare, refuse_nothing_to_train_on, refuse_too_many_rejects
 from pipeline.errors import UserError
 
 
@@ -23,7 +26,8 @@ def settings(folder: Path, **changes: object) -> Dataset:
 
 
 def run(folder: Path, **changes: object):
-    return prepare(folder.parent, settings(folder, **changes), lambda: None)
+    prepared = prepare(folder.parent, settings(folder, **changes), lambda: None, folder.parent / "unpacked")
+    return prepared.manifest, prepared.rejects
 
 
 @pytest.fixture
@@ -42,7 +46,7 @@ def test_every_picture_meets_its_own_caption_and_round_trips(folder: Path, tmp_p
     manifest, rejects = run(folder)
     assert not rejects and len(manifest.samples) == 10
     for sample in manifest.samples:
-        assert sample.caption == (folder / sample.path).with_suffix(".txt").read_text()
+        assert sample.captions == ((folder / sample.path).with_suffix(".txt").read_text(),)
     write_manifest(tmp_path / "out", manifest, rejects)
     assert read_manifest(tmp_path / "out") == manifest
 
@@ -50,10 +54,10 @@ def test_every_picture_meets_its_own_caption_and_round_trips(folder: Path, tmp_p
 def test_a_caption_without_picture_and_a_picture_without_caption(folder: Path) -> None:
     (folder / "003.txt").unlink()
     (folder / "004.png").unlink()
-    assert reasons(folder) == {
-        "003.png": "has no caption: 003.txt is missing",
-        "004.txt": "is a caption without a picture of the same name",
-    }
+    said = reasons(folder)
+    assert said.keys() == {"003.png", "004.txt"}
+    assert said["003.png"].startswith("has no caption") and "instance_prompt" in said["003.png"]
+    assert said["004.txt"] == "is a caption without a picture of the same name"
 
 
 @pytest.mark.parametrize("keep", [0, 1, 8, 40, 100, 150])
@@ -85,12 +89,14 @@ def test_bad_captions_are_rejected_with_a_reason(folder: Path, content: bytes, s
 def test_pictures_that_cannot_be_used_say_why(folder: Path) -> None:
     (folder / "000.png").write_text("not a picture")
     Image.new("RGB", (31, 90)).save(folder / "001.png")
-    Image.new("I;16", (40, 40)).save(folder / "002.png")
+    Image.new("F", (40, 40)).save(folder / "002.tiff")
+    shutil.copy(folder / "002.txt", folder / "002f.txt")
+    shutil.move(folder / "002.tiff", folder / "002f.tiff")
     Image.new("1", (20_000, 6_000)).save(folder / "003.png")
     said = reasons(folder)
     assert said["000.png"] == "is not a picture that can be read"
     assert "31×90" in said["001.png"] and "resolution 32" in said["001.png"]
-    assert "more than 8 bits" in said["002.png"]
+    assert "floating-point" in said["002f.tiff"]
     assert "20000×6000" in said["003.png"] and "max_pixels" in said["003.png"]
 
 
@@ -126,7 +132,7 @@ def test_too_many_rejects_fail_and_name_the_first(folder: Path, tmp_path: Path) 
 def test_nothing_left_to_train_on(folder: Path) -> None:
     manifest, _ = run(folder)
     held = [s for s in manifest.samples if s.split == "held-out"]
-    only_held = type(manifest)(manifest.folder, "", tuple(held))
+    only_held = replace(manifest, samples=tuple(held))
     with pytest.raises(UserError, match="no picture is left to train on"):
         refuse_nothing_to_train_on(only_held, settings(folder))
 
@@ -160,7 +166,7 @@ def test_raising_the_fraction_only_moves_pictures_out_of_training(digest: bytes,
 
 @given(st.integers(32, 900), st.integers(32, 900))
 def test_the_crop_is_square_central_and_inside(width: int, height: int) -> None:
-    g = centre_crop((width, height), 32)
+    g = fit((width, height), (32, 32))
     left, top, right, bottom = g.crop
     assert g.size == (32, 32) and min(g.resized) == 32
     assert left >= 0 and top >= 0 and right <= g.resized[0] and bottom <= g.resized[1]
@@ -179,7 +185,7 @@ def test_colour_modes_arrive_as_the_rgb_a_person_sees(tmp_path: Path) -> None:
     }
     for name, (image, expected) in saved.items():
         image.save(tmp_path / name)
-        pixel = decode(tmp_path / name, 10**6).getpixel((20, 20))
+        pixel = decode(tmp_path / name, 10**6).image.getpixel((20, 20))
         assert max(abs(a - b) for a, b in zip(pixel, expected, strict=True)) <= 6, name
 
 
@@ -189,7 +195,7 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turn 90 degrees clockwise to show
     image.save(tmp_path / "turned.png", exif=exif)
-    upright = decode(tmp_path / "turned.png", 10**6)
+    upright = decode(tmp_path / "turned.png", 10**6).image
     assert upright.size == (40, 60)
     assert upright.getpixel((20, 5)) == (255, 255, 255) and upright.getpixel((20, 55)) == (0, 0, 0)
 
@@ -198,7 +204,7 @@ def test_pixels_settle_the_hash_and_the_file_does_not(tmp_path: Path) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8))
     image.save(tmp_path / "a.png", compress_level=1)
     image.save(tmp_path / "b.bmp")
-    hashes = {hash_pixels(decode(tmp_path / name, 10**6)) for name in ("a.png", "b.bmp")}
+    hashes = {hash_pixels(decode(tmp_path / name, 10**6).image) for name in ("a.png", "b.bmp")}
     image.putpixel((0, 0), (1, 2, 3))
     assert len(hashes) == 1 and hash_pixels(image) not in hashes
     assert hash_pixels(image.transpose(Image.Transpose.ROTATE_90)) not in hashes
@@ -207,7 +213,7 @@ def test_pixels_settle_the_hash_and_the_file_does_not(tmp_path: Path) -> None:
 def test_cut_gives_the_size_and_the_middle() -> None:
     image = Image.new("RGB", (96, 32), "red")
     image.paste("blue", (32, 0, 64, 32))
-    assert cut(image, centre_crop(image.size, 32)).getcolors() == [(32 * 32, (0, 0, 255))]
+    assert cut(image, fit(image.size, (32, 32))).getcolors() == [(32 * 32, (0, 0, 255))]
 
 
 def test_decode_gives_up_on_bombs_before_reading_them(tmp_path: Path) -> None:

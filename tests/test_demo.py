@@ -35,7 +35,7 @@ def run_script(demo: Project, name: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, name], cwd=demo.root, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.xfail(strict=True, reason="the base does not obey the shape's name yet, and the style moves less than 80 %")
+@pytest.mark.xfail(strict=True, reason="the style moves 73 % of the way on all 48 prompts; 80 % is asked")
 def test_the_adapter_learned_the_style_and_kept_shape_and_colour(demo: Project) -> None:
     done = run_script(demo, "assets/check_demo.py")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -58,7 +58,6 @@ def test_peak_memory_stays_within_3_gib(demo: Project) -> None:
     assert peak_kib < 3 * 2**20
 
 
-@pytest.mark.xfail(strict=True, reason="backgrounds and colours are right, shapes are not: the base needs more training")
 def test_the_base_draws_what_it_is_asked(demo: Project) -> None:
     done = run_script(demo, "assets/check_tiny_sd.py")
     assert done.returncode == 0, done.stdout + done.stderr

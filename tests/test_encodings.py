@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from encoded import encode_folder
+from encoded import FLIPPED, HOW, encode_folder, encode_manifest, prepare_folder
 from PIL import Image
 
-from pipeline.dataset.images import Geometry
-from pipeline.encodings import ContentStore, EncodedSample, Index, latent_key, text_key, write_encoded
+from pipeline.batches import Batches
+from pipeline.dataset.geometry import Geometry
+from pipeline.encode import token_report
+from pipeline.encodings import ContentStore, EncodedSample, Index, Reading, latent_key, mask_key, text_key, write_encoded
 from pipeline.encodings import Encodings as Reader
 from pipeline.errors import UserError
 from pipeline.files import files_under, hash_tree
@@ -49,12 +51,19 @@ def test_every_ingredient_is_in_the_keys() -> None:
         latent_key("p", GEOMETRY, True, "vae", "float32"),
         latent_key("p", GEOMETRY, False, "other", "float32"),
         latent_key("p", GEOMETRY, False, "vae", "float16"),
-        text_key("p", "vae", "float32"),
-        text_key("q", "vae", "float32"),
-        text_key("p", "other", "float32"),
-        text_key("p", "vae", "float16"),
+        text_key("p", Reading("vae", 1, 0, "float32")),
+        text_key("q", Reading("vae", 1, 0, "float32")),
+        text_key("p", Reading("other", 1, 0, "float32")),
+        text_key("p", Reading("vae", 2, 0, "float32")),
+        text_key("p", Reading("vae", 1, 1, "float32")),
+        text_key("p", Reading("vae", 1, 0, "float16")),
+        mask_key("p", GEOMETRY, False, 8),
+        mask_key("q", GEOMETRY, False, 8),
+        mask_key("p", replace(GEOMETRY, crop=(4, 0, 36, 32)), False, 8),
+        mask_key("p", GEOMETRY, True, 8),
+        mask_key("p", GEOMETRY, False, 16),
     ]
-    assert len({key, *others}) == 12
+    assert len({key, *others}) == 19
 
 
 def test_nothing_is_encoded_twice(again) -> None:
@@ -93,9 +102,9 @@ def test_another_resolution_and_back(again) -> None:
 
 def test_flips_are_a_second_latent_and_mirror_the_geometry(again, tmp_path: Path, pictures: Path, sd_folder: Path) -> None:
     again()
-    assert again(flip=True) == (10, 0)
+    assert again(how=FLIPPED) == (10, 0)
     Image.open(pictures / "000.png").resize((61, 40)).save(pictures / "000.png")
-    encodings, _ = encode_folder(pictures, sd_folder, tmp_path / "store", tmp_path / "flipped", flip=True)
+    encodings, _ = encode_folder(pictures, sd_folder, tmp_path / "store", tmp_path / "flipped", how=FLIPPED)
     for sample in encodings.index.samples:
         plain, mirrored = encodings.read_many(sample.latents)
         assert not torch.equal(plain["mean"], mirrored["mean"])
@@ -117,9 +126,9 @@ def test_another_vae_costs_all_pictures_and_another_text_encoder_all_captions(ag
 
 def test_dtype_is_a_key_and_is_what_is_stored(again, tmp_path: Path) -> None:
     again()
-    assert again(dtype="float16") == (10, 11)
+    assert again(how=replace(HOW, dtype="float16")) == (10, 11)
     encodings = Reader(tmp_path / "out")
-    assert {t.dtype for t in encodings.read(encodings.index.empty_text).values()} == {torch.float16}
+    assert {t.dtype for t in encodings.text(encodings.index.empty_text).values()} == {torch.float16}
 
 
 def test_values_are_the_normalised_posterior_and_the_captions_own_embedding(
@@ -135,7 +144,7 @@ def test_values_are_the_normalised_posterior_and_the_captions_own_embedding(
         CLIPTextModel.from_pretrained(sd_folder / "text_encoder"),
         CLIPTokenizer.from_pretrained(sd_folder / "tokenizer"),
     )
-    by_caption = {s.caption: s for s in encodings.index.samples}
+    by_caption = {s.captions[0]: s for s in encodings.index.samples}
     assert len(by_caption) == 10
     for i in range(10):
         caption = (pictures / f"{i:03d}.txt").read_text()
@@ -150,23 +159,14 @@ def test_values_are_the_normalised_posterior_and_the_captions_own_embedding(
         entry = encodings.read(sample.latents[0])
         torch.testing.assert_close(entry["mean"], posterior.mean[0] * 0.5, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(entry["std"], posterior.std[0] * 0.5, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(encodings.read(sample.text)["hidden"], hidden, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(encodings.text(sample.texts[0])["hidden"], hidden, rtol=1e-4, atol=1e-5)
 
 
 def test_a_picture_that_changed_after_the_manifest_is_refused(pictures: Path, sd_folder: Path, tmp_path: Path) -> None:
-    from pipeline.config import Dataset
-    from pipeline.dataset.prepare import prepare
-    from pipeline.encode import encode
-    from pipeline.families import family
-    from pipeline.model_source import LocalModel
-
-    manifest, _ = prepare(tmp_path, Dataset(path="data", resolution=32), lambda: None)
+    manifest = prepare_folder(pictures)
 
     def late() -> None:
-        encode(
-            manifest, tmp_path, family("sd"), LocalModel(sd_folder, None, None), ContentStore(tmp_path / "s"), "float32", False,
-            torch.device("cpu"), lambda: None,
-        )  # fmt: skip
+        encode_manifest(manifest, tmp_path, sd_folder, ContentStore(tmp_path / "s"))
 
     Image.new("RGB", (40, 40)).save(pictures / "003.png")
     with pytest.raises(UserError, match=r"003\.png changed since"):
@@ -187,7 +187,7 @@ def test_a_damaged_segment_is_encoded_again_and_nothing_else_breaks(again, tmp_p
 
 
 def test_stopping_midway_keeps_what_is_done(pictures: Path, sd_folder: Path, tmp_path: Path, monkeypatch) -> None:
-    from pipeline import encode as module
+    from pipeline import encoders as module
     from pipeline.errors import Interrupted
 
     monkeypatch.setattr(module, "_PICTURES", 2)
@@ -199,16 +199,10 @@ def test_stopping_midway_keeps_what_is_done(pictures: Path, sd_folder: Path, tmp
         if len(calls) == 4:  # one batch of captions, then pictures
             raise Interrupted("stop")
 
-    from pipeline.config import Dataset
-    from pipeline.dataset.prepare import prepare
-    from pipeline.families import family
-    from pipeline.model_source import LocalModel
-
-    manifest, _ = prepare(tmp_path, Dataset(path="data", resolution=32), lambda: None)
-    arguments = (manifest, tmp_path, family("sd"), LocalModel(sd_folder, None, None))
+    manifest = prepare_folder(pictures)
     with pytest.raises(Interrupted):
-        module.encode(*arguments, ContentStore(tmp_path / "s"), "float32", False, torch.device("cpu"), stop_at_fourth)
-    _, counts = module.encode(*arguments, ContentStore(tmp_path / "s"), "float32", False, torch.device("cpu"), lambda: None)
+        encode_manifest(manifest, tmp_path, sd_folder, ContentStore(tmp_path / "s"), check_stop=stop_at_fourth)
+    _, counts = encode_manifest(manifest, tmp_path, sd_folder, ContentStore(tmp_path / "s"))
     assert (counts.pictures, counts.captions) == (6, 0)
 
 
@@ -223,12 +217,12 @@ def test_shards_are_settled_by_key_and_one_new_sample_rewrites_one(tmp_path: Pat
         key = hash_json(["latents", i])[:32]
         if key not in store:
             store.add({key: {"mean": torch.full((4, 8, 8), float(i))}})
-        return EncodedSample(f"{i:016x}", f"caption {i}", "train", (32, 32), (key,), empty)
+        return EncodedSample(f"{i:016x}", (f"caption {i}",), "train", (32, 32), (key,), (empty,))
 
     empty = hash_json("")[:32]
     store.add({empty: {"hidden": torch.zeros(2, 4)}})
     samples = tuple(sample(i) for i in range(40))
-    index = Index("sd", "float32", empty, samples[:39])
+    index = Index("sd", "float32", 0, empty, samples[:39])
     write_encoded(tmp_path / "a", index, store)
     write_encoded(tmp_path / "b", replace(index, samples=samples), store)
     a, b = hash_tree(tmp_path / "a"), hash_tree(tmp_path / "b")
@@ -237,3 +231,163 @@ def test_shards_are_settled_by_key_and_one_new_sample_rewrites_one(tmp_path: Pat
     reader = Reader(tmp_path / "b")
     for i, s in enumerate(samples):
         assert reader.read(s.latents[0])["mean"].unique().tolist() == [float(i)]
+
+
+# --- fall-backs, long captions, masks, several processes, the store's upkeep
+
+
+def test_worker_processes_and_smaller_batches_change_no_byte(pictures: Path, sd_folder: Path, tmp_path: Path) -> None:
+    for i in range(10, 70):
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (34, 40, 3), dtype=np.uint8)).save(pictures / f"{i:03d}.png")
+        (pictures / f"{i:03d}.txt").write_text(f"noise {i}")
+    encode_folder(pictures, sd_folder, tmp_path / "s1", tmp_path / "one")
+    encode_folder(pictures, sd_folder, tmp_path / "s2", tmp_path / "two", workers=2)
+    assert hash_tree(tmp_path / "one") == hash_tree(tmp_path / "two")
+
+
+def test_out_of_memory_halves_the_batch_and_goes_on(
+    pictures: Path, sd_folder: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    from pipeline.families.sd import StableDiffusion
+
+    encode_folder(pictures, sd_folder, tmp_path / "s1", tmp_path / "one")
+    honest, sizes = StableDiffusion.encode_pixels, []
+
+    def small(self, vae, pixels):
+        sizes.append(len(pixels))
+        if len(pixels) > 2:
+            raise torch.OutOfMemoryError
+        return honest(self, vae, pixels)
+
+    monkeypatch.setattr(StableDiffusion, "encode_pixels", small)
+    encodings, counts = encode_folder(pictures, sd_folder, tmp_path / "s2", tmp_path / "two")
+    assert counts.pictures == 10 and sizes[:3] == [8, 4, 2] and set(sizes[3:]) == {2}
+    assert "out of memory with 8 pictures at once: going on with 4" in capsys.readouterr().out
+    for sample in encodings.index.samples:
+        before = Reader(tmp_path / "one").read(sample.latents[0])["mean"]
+        torch.testing.assert_close(encodings.read(sample.latents[0])["mean"], before, rtol=1e-4, atol=1e-5)
+
+    def never(self, vae, pixels):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(StableDiffusion, "encode_pixels", never)
+    with pytest.raises(UserError, match=r"\.png: encoding it alone takes more memory(.|\n)*encode\.tiling"):
+        encode_folder(pictures, sd_folder, tmp_path / "s3", tmp_path / "three")
+
+
+def test_half_precision_that_overflows_is_done_again_in_float32(
+    pictures: Path, sd_folder: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    from pipeline.families.base import Posterior
+    from pipeline.families.sd import StableDiffusion
+
+    honest = StableDiffusion.encode_pixels
+
+    def overflowing(self, vae, pixels):
+        posterior = honest(self, vae, pixels)
+        half = vae.dtype == torch.bfloat16
+        return Posterior(posterior.mean * float("inf"), posterior.std) if half else posterior
+
+    monkeypatch.setattr(StableDiffusion, "encode_pixels", overflowing)
+    encodings, _ = encode_folder(
+        pictures, sd_folder, tmp_path / "s", tmp_path / "out", how=replace(HOW, compute_dtype="bfloat16")
+    )
+    assert "encoded in float32" in capsys.readouterr().out
+    plain, _ = encode_folder(pictures, sd_folder, tmp_path / "s2", tmp_path / "plain")
+    for a, b in zip(encodings.index.samples, plain.index.samples, strict=True):
+        assert torch.equal(encodings.read(a.latents[0])["mean"], plain.read(b.latents[0])["mean"])
+
+    def hopeless(self, vae, pixels):
+        posterior = honest(self, vae, pixels)
+        return Posterior(posterior.mean * float("nan"), posterior.std)
+
+    monkeypatch.setattr(StableDiffusion, "encode_pixels", hopeless)
+    with pytest.raises(UserError, match=r"\.png: its latents are not finite"):
+        encode_folder(pictures, sd_folder, tmp_path / "s3", tmp_path / "nan")
+
+
+def test_long_captions_in_chunks_and_left_out_layers_match_the_library(pictures: Path, sd_folder: Path, tmp_path: Path) -> None:
+    """Chunks against encoding each stretch by itself; clip-skip against diffusers' own prompt encoding."""
+    from pipeline.families import family
+    from pipeline.model_source import LocalModel
+
+    long = " ".join(["red circle"] * 20)
+    (pictures / "000.txt").write_text(long)
+    pipeline = family("sd").load_pipeline(LocalModel(sd_folder, None, None), torch.device("cpu"), torch.float32)
+    words, limit = pipeline.tokenizer, pipeline.tokenizer.model_max_length
+    how = replace(HOW, caption_chunks=3)
+    encodings, _ = encode_folder(pictures, sd_folder, tmp_path / "s", tmp_path / "out", how=how)
+    sample = next(s for s in encodings.index.samples if s.captions[0] == long)
+    ids = words(long, add_special_tokens=False).input_ids
+    assert len(ids) > limit
+    states = []
+    for i in range(3):
+        piece = [words.bos_token_id, *ids[i * (limit - 2) : (i + 1) * (limit - 2)], words.eos_token_id]
+        piece += [words.pad_token_id] * (limit - len(piece))
+        with torch.no_grad():
+            states.append(pipeline.text_encoder(torch.tensor([piece])).last_hidden_state[0])
+    torch.testing.assert_close(encodings.text(sample.texts[0])["hidden"], torch.cat(states), rtol=1e-4, atol=1e-5)
+
+    skipped, _ = encode_folder(pictures, sd_folder, tmp_path / "s", tmp_path / "skip", how=replace(HOW, clip_skip=1))
+    sample = skipped.index.samples[0]
+    with torch.no_grad():
+        wanted, _ = pipeline.encode_prompt(sample.captions[0], "cpu", 1, False, clip_skip=1)
+    torch.testing.assert_close(skipped.text(sample.texts[0])["hidden"], wanted[0], rtol=1e-4, atol=1e-5)
+
+
+def test_captions_that_are_cut_off_are_listed_by_sample(pictures: Path, sd_folder: Path, tmp_path: Path, capsys) -> None:
+    long = " ".join(["word"] * 90)
+    (pictures / "004.txt").write_text(long)
+    store = ContentStore(tmp_path / "s")
+    for _ in range(2):  # the second time everything is in the store, and the list is the same
+        index, _ = encode_manifest(prepare_folder(pictures), tmp_path, sd_folder, store)
+        report = token_report(index, store)
+        assert [row["caption"] for row in report["cut_off"]] == [long] and report["cut_off"][0]["tokens"] > report["limit"]
+        assert sum(report["lengths"].values()) == 10
+        assert "1 captions are longer than" in capsys.readouterr().out
+
+
+def test_masks_come_resized_and_mirrored_with_their_latents(pictures: Path, sd_folder: Path, tmp_path: Path) -> None:
+    (pictures / "masks").mkdir()
+    for path in sorted(pictures.glob("*.png")):
+        mask = Image.new("L", Image.open(path).size)
+        mask.paste(255, (0, 0, mask.width // 4, mask.height))
+        mask.save(pictures / "masks" / path.name)
+    encodings, counts = encode_folder(
+        pictures, sd_folder, tmp_path / "s", tmp_path / "out", how=FLIPPED, masks="masks", held_out_fraction=0.0
+    )
+    assert counts.pictures == 20
+    for sample in encodings.index.samples:
+        plain, mirrored = (encodings.read(key)["mask"] for key in sample.masks)
+        assert plain.shape == (1, 4, 4) and torch.equal(mirrored, plain.flip(-1))
+        assert plain[0, :, 0].min() == 1 and plain[0, :, 1:].max() == 0
+    batches = Batches(encodings, 5, seed=0)
+    for step in range(4):
+        batch = batches.batch(step, 0, 5)
+        for i, member in enumerate(batches.members(step)):
+            side = batches._side(member, step, i)
+            assert torch.equal(batch.mask[i], encodings.read(member.masks[side])["mask"])
+
+
+def test_the_store_is_counted_cleaned_and_verified(pictures: Path, sd_folder: Path, tmp_path: Path) -> None:
+    from pipeline.cache import collect, stats, verify
+    from pipeline.workspace import Workspace
+
+    workspace = Workspace(tmp_path, tmp_path)
+    out = tmp_path / "build" / "encoded"
+    encode_folder(pictures, sd_folder, workspace.store, out, how=FLIPPED)
+    shutil.rmtree(out)
+    encode_folder(pictures, sd_folder, workspace.store, out)
+    assert "31 encodings" in stats(workspace) and "21 of them are in use" in stats(workspace)
+    assert collect(workspace, 1.0, dry_run=False).startswith("0 encodings")
+    assert collect(workspace, 0.0, dry_run=True).startswith("10 encodings would be")
+    assert collect(workspace, 0.0, dry_run=False).startswith("10 encodings were")
+    assert "21 encodings" in stats(workspace) and verify(workspace)[0] == 0
+    _, counts = encode_folder(pictures, sd_folder, workspace.store, tmp_path / "again")
+    assert (counts.pictures, counts.captions) == (0, 0)
+    victim = ContentStore(workspace.store).segments()[0]
+    data = bytearray(victim.read_bytes())
+    data[-3] ^= 1
+    victim.write_bytes(bytes(data))
+    assert verify(workspace)[0] == 1 and not victim.exists()
+    assert verify(workspace)[0] == 0

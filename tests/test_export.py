@@ -16,8 +16,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from pipeline import lora
+from pipeline.export.adapter import Adapter, Layer
+from pipeline.export.adapter_file import load_into
 from pipeline.export.card import escape_markdown, render_card
-from pipeline.export.diffusers_format import load_into, write_diffusers
+from pipeline.export.diffusers_format import FILE_NAME, write_diffusers
+from pipeline.export.peft_format import adapter_of_modules
 from pipeline.families import family
 from pipeline.safetensors_file import write_safetensors
 
@@ -51,9 +54,8 @@ def test_the_exported_file_draws_what_the_trained_model_drew(
     weights = {k: torch.randn_like(v) * 0.3 for k, v in lora.state(trained.unet).items()}
     lora.load_state(trained.unet, weights)
     expected = draw(trained)
-    path = write_diffusers(
-        tmp_path, weights, family(name).denoiser_key, rank, alpha, TARGETS, torch.float32, {"reprolora": "{}"}
-    )
+    path = tmp_path / FILE_NAME
+    write_diffusers(path, adapter_of_modules({"unet": trained.unet}), torch.float32, {"reprolora": "{}"})
     plain = kind.from_pretrained(folder)
     plain.load_lora_weights(tmp_path)  # as a user does it: α is read from the file
     np.testing.assert_allclose(draw(plain), expected, atol=1e-5)
@@ -72,11 +74,16 @@ def _model(folder: Path):
     return LocalModel(folder, None, None)
 
 
+def one_layer(a: torch.Tensor, b: torch.Tensor, alpha: float) -> Adapter:
+    parts = {"lora_down.weight": a, "lora_up.weight": b}
+    return Adapter({"unet.down.to_q": Layer(parts, a.shape[0], alpha)})
+
+
 def test_dtype_is_as_asked_and_metadata_is_kept(tmp_path: Path) -> None:
-    weights = {"down.to_q.lora_A.weight": torch.randn(2, 8), "down.to_q.lora_B.weight": torch.randn(8, 2)}
-    path = write_diffusers(tmp_path, weights, "unet", 2, 3.0, ("to_q",), torch.float16, {"reprolora": "{}"})
+    path = tmp_path / FILE_NAME
+    write_diffusers(path, one_layer(torch.randn(2, 8), torch.randn(8, 2), 3.0), torch.float16, {"reprolora": "{}"})
     assert {t.dtype for t in load_file(path).values()} == {torch.float16}
-    assert set(load_file(path)) == {f"unet.{k}" for k in weights}
+    assert set(load_file(path)) == {"unet.down.to_q.lora_A.weight", "unet.down.to_q.lora_B.weight"}
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     assert metadata["format"] == "pt" and metadata["reprolora"] == "{}"
@@ -86,8 +93,8 @@ def test_dtype_is_as_asked_and_metadata_is_kept(tmp_path: Path) -> None:
 def test_the_scale_is_in_the_weights_for_loaders_that_read_no_config(tmp_path: Path) -> None:
     """ComfyUI takes α = rank where the file has no α tensors."""
     a, b = torch.randn(2, 8), torch.randn(8, 2)
-    weights = {"down.to_q.lora_A.weight": a, "down.to_q.lora_B.weight": b}
-    loaded = load_file(write_diffusers(tmp_path, weights, "unet", 2, 3.0, ("to_q",), torch.float32, {}))
+    write_diffusers(tmp_path / FILE_NAME, one_layer(a, b, 3.0), torch.float32, {})
+    loaded = load_file(tmp_path / FILE_NAME)
     delta = loaded["unet.down.to_q.lora_B.weight"] @ loaded["unet.down.to_q.lora_A.weight"]
     torch.testing.assert_close(delta, 3.0 / 2 * b @ a)
 

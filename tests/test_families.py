@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from encoded import encode_folder
 
 from pipeline import lora
+from pipeline.diffusion import Flow
+from pipeline.errors import UserError
 from pipeline.families import family
 from pipeline.model_source import LocalModel
 
@@ -16,31 +19,34 @@ CPU = torch.device("cpu")
 CAPTIONS = ["a red circle", "", "a small blue square and very many more words than it takes"]
 
 
-@pytest.fixture(params=["sd", "sdxl"])
-def case(request: pytest.FixtureRequest, sd_folder: Path, sdxl_folder: Path):
-    folder = {"sd": sd_folder, "sdxl": sdxl_folder}[request.param]
+@pytest.fixture(params=["sd", "sdxl", "sd3"])
+def case(request: pytest.FixtureRequest):
+    folder = request.getfixturevalue(f"{request.param}_folder")
     return family(request.param), LocalModel(folder, None, None)
 
 
 def test_captions_encode_as_the_pipeline_encodes_prompts(case) -> None:
     kind, model = case
     pipeline = kind.load_pipeline(model, CPU, torch.float32)
-    mine = kind.encode_captions(kind.load_text_encoders(model, CPU), CAPTIONS)
-    encoded = pipeline.encode_prompt(CAPTIONS, device=CPU, num_images_per_prompt=1, do_classifier_free_guidance=False)
+    mine = kind.encode_captions(kind.load_text_encoders(model, CPU), CAPTIONS, chunks=1, clip_skip=0)
+    options = {"prompt_2": None, "prompt_3": None} if kind.name == "sd3" else {}
+    encoded = pipeline.encode_prompt(
+        CAPTIONS, device=CPU, num_images_per_prompt=1, do_classifier_free_guidance=False, **options
+    )
     torch.testing.assert_close(mine["hidden"], encoded[0])
-    if kind.name == "sdxl":
+    if kind.name != "sd":
         torch.testing.assert_close(mine["pooled"], encoded[2])
 
 
 def test_prediction_and_sampling_agree(case) -> None:
-    """Two DDIM steps by hand, from `predict` alone, give the pipeline's own latents."""
+    """Two of the scheduler's steps by hand, from `predict` alone, give the pipeline's own latents."""
     kind, model = case
     pipeline = kind.load_pipeline(model, CPU, torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     theirs = pipeline("a red circle", num_inference_steps=2, guidance_scale=1.0, latents=start.clone(), height=32, width=32,
                       output_type="latent").images  # fmt: skip
-    text = kind.encode_captions(kind.load_text_encoders(model, CPU), ["a red circle"])
+    text = kind.encode_captions(kind.load_text_encoders(model, CPU), ["a red circle"], chunks=1, clip_skip=0)
     geometry = torch.tensor([[32.0, 32.0, 0.0, 0.0, 32.0, 32.0]])
     denoiser = kind.load_denoiser(model, torch.float32).eval()
     pipeline.scheduler.set_timesteps(2)
@@ -55,6 +61,9 @@ def test_the_objective_is_the_bases_own(case, tmp_path: Path) -> None:
     kind, model = case
     pipeline = kind.load_pipeline(model, CPU, torch.float32)
     objective = kind.objective(model)
+    if kind.name == "sd3":
+        assert objective == Flow(shift=3.0, steps=1000)
+        return
     torch.testing.assert_close(objective.alphas_cumprod, pipeline.scheduler.alphas_cumprod)
     assert objective.prediction == pipeline.scheduler.config.prediction_type == "epsilon"
 
@@ -73,7 +82,7 @@ def test_normalised_latents_decode_to_the_picture_the_vae_makes_of_it(case) -> N
     pipeline = kind.load_pipeline(model, CPU, torch.float32)
     pixels = torch.rand(2, 3, 32, 32) * 2 - 1
     with torch.no_grad():
-        posterior = kind.encode_pixels(kind.load_vae(model, CPU), pixels)
+        posterior = kind.encode_pixels(kind.load_vae(model, CPU, torch.float32), pixels)
         expected = pipeline.vae.decode(pipeline.vae.encode(pixels).latent_dist.mean).sample
     pictures = decode_latents(pipeline, posterior.mean)
     for mine, theirs in zip(pictures, pipeline.image_processor.postprocess(expected, output_type="pil"), strict=True):
@@ -84,7 +93,7 @@ def test_encodings_hold_all_that_predict_needs(case, pictures_folder: Path, tmp_
     kind, model = case
     encodings, _ = encode_folder(pictures_folder, model.path, tmp_path / "store", tmp_path / "out", name=kind.name)
     sample = encodings.index.samples[0]
-    latents, text = encodings.read(sample.latents[0]), encodings.read(sample.text)
+    latents, text = encodings.read(sample.latents[0]), encodings.text(sample.texts[0])
     denoiser = kind.load_denoiser(model, torch.float32)
     named = {part: values[None] for part, values in text.items()}
     out = kind.predict(denoiser, latents["mean"][None], torch.tensor([5]), named, latents["geometry"][None])
@@ -107,3 +116,39 @@ def test_every_family_takes_the_default_targets(case) -> None:
     kind, model = case
     denoiser = kind.load_denoiser(model, torch.float32)
     assert len(lora.inject(denoiser, lora.LoraSpec(2, 2.0, 0.0, ("to_q", "to_k", "to_v", "to_out.0")), 0)) > 8
+
+
+@pytest.mark.parametrize("targets", [("attention",), ("attention", "feed-forward"), ("all-linear",)])
+def test_every_family_writes_out_the_presets(case, targets: tuple[str, ...]) -> None:
+    kind, model = case
+    denoiser = kind.load_denoiser(model, torch.float32)
+    written = lora.expand_targets(denoiser, targets, kind.lora_targets)
+    lora.inject(denoiser, lora.LoraSpec(2, 2.0, 0.0, written), 0)
+    adapted = {name.split(".lora_A")[0] for name, _ in denoiser.named_parameters() if ".lora_A." in name}
+    linear = {
+        n.removesuffix(".base_layer")
+        for n, m in denoiser.named_modules()
+        if isinstance(m, torch.nn.Linear) and ".lora_" not in n
+    }
+    if targets == ("all-linear",):
+        assert adapted == linear
+    else:
+        blocks = {n for n in linear if re.search(r"\.attn\d*\." + (r"|\.ff(_context)?\.net" if len(targets) > 1 else ""), n)}
+        assert adapted == blocks
+
+
+def test_convolutions_are_a_preset_of_the_unets_alone(case) -> None:
+    kind, model = case
+    denoiser = kind.load_denoiser(model, torch.float32)
+    if kind.name == "sd3":
+        with pytest.raises(UserError, match="'conv': this base has no such layers"):
+            lora.expand_targets(denoiser, ("conv",), kind.lora_targets)
+        return
+    lora.inject(denoiser, lora.LoraSpec(2, 2.0, 0.0, lora.expand_targets(denoiser, ("conv",), kind.lora_targets)), 0)
+    adapted = {name.split(".lora_A")[0] for name, _ in denoiser.named_parameters() if ".lora_A." in name}
+    convs = {
+        n.removesuffix(".base_layer")
+        for n, m in denoiser.named_modules()
+        if isinstance(m, torch.nn.Conv2d) and ".lora_" not in n
+    }
+    assert adapted == {name for name in convs if ".resnets." in name or "samplers." in name}

@@ -6,12 +6,18 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from diffusers.optimization import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+from diffusers.optimization import (
+    get_cosine_schedule_with_warmup,
+    get_cosine_with_hard_restarts_schedule_with_warmup,
+    get_linear_schedule_with_warmup,
+    get_polynomial_decay_schedule_with_warmup,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.diffusion import Ddpm, mse_per_sample, stratified
-from pipeline.optim import learning_rate_at
+from pipeline.diffusion import Ddpm, stratified
+from pipeline.losses import mse_per_sample
+from pipeline.optim import learning_rate_at, scaled_learning_rate
 from pipeline.randomness import Purpose, draw, torch_seed
 
 
@@ -52,17 +58,28 @@ def test_stratified_points_are_midpoints() -> None:
 @pytest.mark.parametrize("warmup", [0, 1, 7])
 def test_schedules_equal_the_librarys_after_the_warmup(warmup: int) -> None:
     steps, peak = 40, 3e-4
-    for name, make in (("linear", get_linear_schedule_with_warmup), ("cosine", get_cosine_schedule_with_warmup)):
+    cases = {
+        "linear": (get_linear_schedule_with_warmup, {}),
+        "cosine": (get_cosine_schedule_with_warmup, {}),
+        "cosine-with-restarts": (get_cosine_with_hard_restarts_schedule_with_warmup, {"num_cycles": 3}),
+        "polynomial": (get_polynomial_decay_schedule_with_warmup, {"power": 1.7, "lr_end": 0.0}),
+    }
+    for name, (make, options) in cases.items():
         optimiser = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=peak)
-        theirs = make(optimiser, num_warmup_steps=warmup, num_training_steps=steps)
+        theirs = make(optimiser, num_warmup_steps=warmup, num_training_steps=steps, **options)
         for step in range(steps):
             if step >= warmup:
-                assert learning_rate_at(step, peak, name, steps, warmup) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
+                mine = learning_rate_at(step, peak, name, steps, warmup, cycles=3, power=1.7)
+                assert mine == pytest.approx(theirs.get_last_lr()[0], abs=1e-12), (name, step)
             optimiser.step()
             theirs.step()
 
 
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_the_rate_grows_with_the_batch_as_asked() -> None:
+    assert [scaled_learning_rate(1e-4, 16, rule) for rule in ("none", "linear", "sqrt")] == pytest.approx([1e-4, 16e-4, 4e-4])
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "cosine-with-restarts", "polynomial"])
 def test_warmup_rises_under_every_schedule_and_never_wastes_a_step(schedule: str) -> None:
     rates = [learning_rate_at(step, 1.0, schedule, 100, 10) for step in range(100)]
     assert rates[:10] == pytest.approx([(i + 1) / 11 for i in range(10)])

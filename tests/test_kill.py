@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -74,10 +75,7 @@ def slow_trainer(project: Project) -> None:
     """Tiny steps take milliseconds: make each wait a little, outside of what is computed."""
     path = project.path("pipeline/train.py")
     source = path.read_text()
-    marked = source.replace(
-        "            members = batches.members(step)\n",
-        "            __import__('time').sleep(0.1)\n            members = batches.members(step)\n",
-    )
+    marked = re.sub(r"^( +)(members = batches.members\(step\)\n)", r"\1__import__('time').sleep(0.1)\n\1\2", source, flags=re.M)
     assert marked != source
     path.write_text(marked)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -204,10 +205,10 @@ def test_a_resumed_training_appends_to_its_run(new_project: Callable[[], Project
     path = project.path("pipeline/train.py")
     source = path.read_text()
     assert project.cli("run", "precompute-latents-and-embeddings").returncode == 0
-    cut = "            members = batches.members(step)\n"
-    path.write_text(
-        source.replace(cut, f"            if step == 8 and first == 0:\n                raise RuntimeError('power cut')\n{cut}")
-    )
+    cut = r"\1if step == 8 and first == 0:\n\1    raise RuntimeError('power cut')\n\1\2"
+    marked = re.sub(r"^( +)(members = batches.members\(step\)\n)", cut, source, flags=re.M)
+    assert marked != source
+    path.write_text(marked)
     assert project.cli("stage", "train-lora").returncode == 1
     assert project.cli("stage", "train-lora").returncode == 0
     trainings = runs(store(project))["train-lora"]

@@ -39,7 +39,7 @@ def clip_text_config(vocabulary: int, max_length: int = 16, projection: int = 16
     )
 
 
-def vae(seed: int = 0):
+def vae(seed: int = 0, **extra):
     """4 latent channels, 4 pixels per latent cell."""
     from diffusers import AutoencoderKL
 
@@ -53,6 +53,7 @@ def vae(seed: int = 0):
         norm_num_groups=4,
         sample_size=32,
         scaling_factor=0.5,
+        **extra,
     )
 
 
@@ -126,6 +127,67 @@ def make_sdxl(folder: Path, seed: int = 0) -> Path:
         scheduler=DDIMScheduler(
             beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1
         ),
+    ).save_pretrained(folder)
+    return folder
+
+
+def t5_tokenizer():
+    """A T5 tokenizer over characters and a few words."""
+    from tokenizers import Tokenizer, models
+    from tokenizers import pre_tokenizers as pre
+    from transformers import PreTrainedTokenizerFast
+
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *letters, *(f"▁{word}" for word in WORDS)]
+    words = Tokenizer(models.Unigram([(piece, -float(i > 3)) for i, piece in enumerate(pieces)], unk_id=2))
+    words.pre_tokenizer = pre.Metaspace()
+    from tokenizers import processors
+
+    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+
+
+def make_sd3(folder: Path, seed: int = 0) -> Path:
+    """A random Stable Diffusion 3 in the diffusers layout."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+    words, t5_words = tokenizer(), t5_tokenizer()
+    torch.manual_seed(seed)
+    one, two = (CLIPTextModelWithProjection(clip_text_config(len(words), projection=16)) for _ in range(2))
+    t5 = T5EncoderModel(
+        T5Config(
+            vocab_size=len(t5_words), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu"
+        )
+    )
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pooled_projection_dim=32,
+        pos_embed_max_size=16,
+        qk_norm="rms_norm",
+        dual_attention_layers=(0,),
+    )
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.2)
+    StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae(seed, shift_factor=0.1),
+        text_encoder=one,
+        tokenizer=words,
+        text_encoder_2=two,
+        tokenizer_2=words,
+        text_encoder_3=t5,
+        tokenizer_3=t5_words,
     ).save_pretrained(folder)
     return folder
 

@@ -6,38 +6,58 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pipeline.dataset.images import Geometry
-from pipeline.dataset.sidecar import Reject
+from pipeline.dataset.geometry import Geometry
+from pipeline.dataset.source import Reject
 from pipeline.files import hash_json, write_json, write_text
+from pipeline.workspace import UNPACKED
 
 Split = Literal["train", "held-out"]
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Where the loss counts: white counts fully, black not at all."""
+
+    path: str | None  # as a sample's; None: the picture's own alpha channel
+    pixels: str  # sha256 of the decoded mask
 
 
 @dataclass(frozen=True)
 class Sample:
     """A picture, how it is cut, what it is called and which side of the split it is on."""
 
-    path: str  # relative to the dataset's folder, with `/`
+    path: str  # relative to the dataset's folder, or to the folder of unpacked pictures; with `/`
     pixels: str  # sha256 of the decoded picture
     geometry: Geometry
-    caption: str
+    captions: tuple[str, ...]  # variants: training draws one each time
     split: Split
+    repeats: int = 1  # how often an epoch shows it
+    regularisation: bool = False  # a picture of the class, not of the subject: prior preservation
+    mask: Mask | None = None
+    unpacked: bool = False
 
     @property
     def id(self) -> str:
         """Identity by content: the same after a rename."""
-        return hash_json([self.pixels, asdict(self.geometry), self.caption])[:16]
+        mask = self.mask.pixels if self.mask else None
+        content = [self.pixels, asdict(self.geometry), self.captions, self.repeats, self.regularisation, mask]
+        return hash_json(content)[:16]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """All samples, sorted by path, and the folder that their paths start from."""
+    """All samples, sorted by path, and what is needed to find and read their pictures."""
 
     folder: str
     trigger: str
+    background: str  # colour under transparent pictures
     samples: tuple[Sample, ...]
+
+    def file(self, root: Path, sample: Sample) -> Path:
+        """Where a sample's picture lies."""
+        return root / (UNPACKED if sample.unpacked else self.folder) / sample.path
 
 
 def split_of(pixels: str, held_out_fraction: float) -> Split:
@@ -45,23 +65,30 @@ def split_of(pixels: str, held_out_fraction: float) -> Split:
     return "held-out" if int(pixels[:13], 16) / 16**13 < held_out_fraction else "train"
 
 
-def write_manifest(out: Path, manifest: Manifest, rejects: Iterable[Reject]) -> None:
-    """Write `dataset.json`, `manifest.jsonl` and `rejects.jsonl` into the folder `out`."""
-    write_json(out / "dataset.json", {"folder": manifest.folder, "trigger": manifest.trigger})
+def write_manifest(out: Path, manifest: Manifest, rejects: Iterable[Reject], left_out: Iterable[Reject] = ()) -> None:
+    """Write `dataset.json`, `manifest.jsonl`, `rejects.jsonl` and `left-out.jsonl` into the folder `out`."""
+    head = {"folder": manifest.folder, "trigger": manifest.trigger, "background": manifest.background}
+    write_json(out / "dataset.json", head)
     write_text(out / "manifest.jsonl", "".join(_line(asdict(s)) for s in manifest.samples))
     write_text(out / "rejects.jsonl", "".join(_line(asdict(r)) for r in rejects))
+    write_text(out / "left-out.jsonl", "".join(_line(asdict(r)) for r in left_out))
 
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest that `write_manifest` wrote."""
     head = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-    lines = (folder / "manifest.jsonl").read_text(encoding="utf-8").split("\n")[:-1]  # JSON lets U+2028 through
-    return Manifest(head["folder"], head["trigger"], tuple(_sample(json.loads(line)) for line in lines))
+    return Manifest(**head, samples=tuple(_sample(fields) for fields in read_lines(folder / "manifest.jsonl")))
 
 
-def _sample(fields: dict) -> Sample:  # type: ignore[type-arg]
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file. JSON lets U+2028 through, so lines end at `\\n` alone."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def _sample(fields: dict[str, Any]) -> Sample:
     geometry = Geometry(*(tuple(fields["geometry"][key]) for key in ("original", "resized", "crop")))
-    return Sample(**{**fields, "geometry": geometry})
+    mask = Mask(**fields["mask"]) if fields["mask"] else None
+    return Sample(**{**fields, "geometry": geometry, "mask": mask, "captions": tuple(fields["captions"])})
 
 
 def _line(value: object) -> str:

@@ -1,48 +1,129 @@
-"""Scan, decode, cut, split: the work of prepare-dataset."""
+"""Scan, decode, cut, caption, split: the work of prepare-dataset."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
-from pipeline.config import Dataset
-from pipeline.dataset.images import BadImage, centre_crop, decode, hash_pixels
-from pipeline.dataset.manifest import Manifest, Sample, split_of
-from pipeline.dataset.sidecar import Reject, scan
+import numpy as np
+from PIL import Image
+
+from pipeline.config import Concept, Dataset
+from pipeline.dataset.captions import dress, variants, with_trigger
+from pipeline.dataset.duplicates import Likeness, likeness, near_pairs
+from pipeline.dataset.geometry import Geometry, bucket, fit, square
+from pipeline.dataset.images import BadImage, Picture, decode, hash_pixels, read_mask
+from pipeline.dataset.manifest import Manifest, Mask, Sample, split_of
+from pipeline.dataset.source import IMAGE_EXTENSIONS, Found, Reject, require_folder
+from pipeline.dataset.sources import source_of
 from pipeline.errors import UserError
 from pipeline.progress import progress
 
 _LISTED = 10  # rejects named in a message; the rest stand in the file
+_AHEAD = 64  # pictures in memory at most, however many there are
+T = TypeVar("T")
+R = TypeVar("R")
+
+AutoCaption = Callable[[list[tuple[Path, str]]], list[str]]
+"""Captions for pictures without one, given their files and pixel hashes."""
 
 
-def prepare(root: Path, settings: Dataset, check_stop: Callable[[], None]) -> tuple[Manifest, list[Reject]]:
+@dataclass(frozen=True)
+class Prepared:
+    """What prepare-dataset found out."""
+
+    manifest: Manifest
+    rejects: list[Reject]  # cannot be used: counted against `dataset.max_rejected`
+    left_out: list[Reject]  # could be used, but should not: duplicates
+    duplicates: list[tuple[str, str]]  # near-duplicate pairs, by path
+    notes: list[Reject]  # used, with something that a person should know
+
+
+@dataclass(frozen=True)
+class Item:
+    """A picture that a source found, with the concept it belongs to."""
+
+    found: Found
+    concept: Concept
+    file: Path
+    mask: Path | None
+    no_mask: str  # why there is none although one is asked for
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What looking at an item's pixels told."""
+
+    item: Item
+    pixels: str
+    geometry: Geometry
+    mask: Mask | None
+    like: Likeness
+    notes: tuple[str, ...]
+
+
+def prepare(
+    root: Path,
+    settings: Dataset,
+    check_stop: Callable[[], None],
+    unpacked: Path,
+    auto_caption: AutoCaption | None = None,
+) -> Prepared:
     """Read every picture once and decide what the model will see.
 
+    Args:
+        root: the project's folder.
+        settings: the `dataset` section.
+        check_stop: raises when asked to stop.
+        unpacked: where packed sources put their pictures.
+        auto_caption: called with the pictures that have no caption, if `settings.missing_caption` is `auto`.
+
     Raises:
-        UserError: no folder, no picture, or nothing left to train on.
+        UserError: no folder, no picture, or concepts that overlap.
     """
     folder = root / settings.path
-    found, rejects = scan(folder, settings.caption_extension)
-    samples: list[Sample] = []
-    with progress("reading pictures", len(found), "pictures") as bar:
-        for item in found:
+    items, rejects = scan_concepts(folder, settings, unpacked, check_stop)
+    seen: list[_Seen] = []
+    with progress("reading pictures", len(items), "pictures") as bar:
+        for item, result in _ahead(lambda i: _look(i, folder, settings), items):
             check_stop()
-            try:
-                image = decode(folder / item.path, settings.max_pixels)
-                geometry = centre_crop(image.size, settings.resolution)
-            except BadImage as bad:
-                rejects.append(Reject(item.path, str(bad)))
+            if isinstance(result, str):
+                rejects.append(Reject(item.found.path, result))
             else:
-                pixels = hash_pixels(image)
-                caption = with_trigger(item.caption, settings.trigger)
-                samples.append(Sample(item.path, pixels, geometry, caption, split_of(pixels, settings.held_out_fraction)))
+                seen.append(result)
             bar.advance()
-    if settings.held_out_fraction and len(samples) > 1 and all(s.split == "train" for s in samples):
-        # few pictures and chance: one is held out all the same, or nothing could be measured
-        least = min(samples, key=lambda s: s.pixels)
-        samples = [replace(s, split="held-out") if s.pixels == least.pixels else s for s in samples]
-    return Manifest(settings.path, settings.trigger, tuple(samples)), sorted(rejects, key=lambda r: r.path)
+    captions = _captions(seen, settings, auto_caption)
+    samples: list[Sample] = []
+    for look, texts in zip(seen, captions, strict=True):
+        path = look.item.found.path
+        if isinstance(texts, str):
+            rejects.append(Reject(path, texts))
+            continue
+        concept = look.item.concept
+        samples.append(
+            Sample(
+                path,
+                look.pixels,
+                look.geometry,
+                tuple(texts),
+                "train" if concept.regularisation else split_of(look.pixels, settings.held_out_fraction),
+                look.item.found.repeats * concept.repeats,
+                concept.regularisation,
+                look.mask,
+                look.item.found.unpacked,
+            )
+        )
+    samples = _hold_one_out(samples, settings)
+    likenesses = {look.item.found.path: look.like for look in seen}
+    kept, left_out, duplicates = _without_duplicates(samples, likenesses, settings)
+    notes = [Reject(look.item.found.path, note) for look in seen for note in look.notes]
+    manifest = Manifest(settings.path, settings.trigger, settings.background, tuple(kept))
+    return Prepared(manifest, sorted(rejects, key=lambda r: (r.path, r.reason)), left_out, duplicates, notes)
 
 
 def refuse_too_many_rejects(rejects: list[Reject], settings: Dataset, listing: Path) -> None:
@@ -60,13 +141,200 @@ def refuse_too_many_rejects(rejects: list[Reject], settings: Dataset, listing: P
 
 def refuse_nothing_to_train_on(manifest: Manifest, settings: Dataset) -> None:
     """Fail when no picture is left on the training side."""
-    if not any(s.split == "train" for s in manifest.samples):
+    if not any(s.split == "train" and not s.regularisation for s in manifest.samples):
         raise UserError(
             f"{settings.path}: no picture is left to train on: {len(manifest.samples)} usable, all held out by "
-            f"dataset.held_out_fraction {settings.held_out_fraction}: add pictures or lower it"
+            f"dataset.held_out_fraction {settings.held_out_fraction}, or for regularisation: add pictures or lower it"
         )
 
 
-def with_trigger(caption: str, trigger: str) -> str:
-    """The caption with the trigger word in front, unless it holds it already."""
-    return caption if not trigger or trigger in caption else f"{trigger}, {caption}"
+def scan_concepts(
+    folder: Path, settings: Dataset, unpacked: Path, check_stop: Callable[[], None]
+) -> tuple[list[Item], list[Reject]]:
+    """What all concepts' sources find, sorted by path; pixels unread.
+
+    Raises:
+        UserError: no folder, no picture, or concepts that overlap.
+    """
+    require_folder(folder)
+    concepts = settings.concepts or (Concept(path="."),)
+    places = [_place(concept, folder) for concept in concepts]
+    for i, a in enumerate(places):
+        for b in places[i + 1 :]:
+            if a.is_relative_to(b) or b.is_relative_to(a):
+                raise UserError(f"dataset.concepts: {a} and {b} overlap: a picture must belong to one concept")
+    items: list[Item] = []
+    rejects: list[Reject] = []
+    for concept, place in zip(concepts, places, strict=True):
+        prefix = "" if place == folder.resolve() else place.relative_to(folder.resolve()).as_posix() + "/"
+        scan = source_of(place, concept.format or settings.format).scan(place, settings, unpacked, check_stop)
+        masks = concept.masks or settings.masks
+        mask_folder = None if masks in (None, "alpha") else (folder / str(masks)).resolve()
+        if mask_folder and not mask_folder.is_dir():
+            raise UserError(f"dataset.masks: {mask_folder} is no folder: give `alpha`, or a folder in dataset.path")
+        for found in scan.found:
+            file = (unpacked if found.unpacked else place) / found.path
+            if mask_folder and file.resolve().is_relative_to(mask_folder):
+                continue  # a mask, which the source took for a picture
+            mask = _mask_of(mask_folder, found.path) if mask_folder else None
+            no_mask = f"has no mask in {masks}" if mask_folder and not mask else ""
+            path = found.path if found.unpacked else prefix + found.path
+            items.append(Item(replace(found, path=path), concept, file, mask, no_mask))
+        for reject in scan.rejects:
+            if not (mask_folder and (place / reject.path).resolve().is_relative_to(mask_folder)):
+                rejects.append(Reject(prefix + reject.path, reject.reason))
+    return sorted(items, key=lambda i: i.found.path), rejects
+
+
+def _place(concept: Concept, folder: Path) -> Path:
+    place = (folder / concept.path).resolve()
+    if not place.is_dir() or not place.is_relative_to(folder.resolve()):
+        raise UserError(
+            f"dataset.concepts: {concept.path!r} is no folder in {folder}: a concept's path is relative to dataset.path"
+        )
+    return place
+
+
+def _mask_of(folder: Path, path: str) -> Path | None:
+    """The mask with the picture's relative name, whatever its ending."""
+    stem = folder / Path(path).with_suffix("")
+    candidates = (stem.with_name(stem.name + ending) for ending in IMAGE_EXTENSIONS)
+    return next((c for c in candidates if c.is_file()), None)
+
+
+def _look(item: Item, folder: Path, settings: Dataset) -> _Seen | str:
+    """Decode and measure one picture; a reason where it cannot be used. Called in threads: Pillow lets others run."""
+    try:
+        picture = decode(item.file, settings.max_pixels, settings.background)
+        mask_image = _mask(item, picture, settings)
+        pixels = hash_pixels(picture.image)
+        geometry = _geometry(picture, mask_image, pixels, settings)
+    except BadImage as bad:
+        return str(bad)
+    mask = None
+    if mask_image:
+        path = item.mask.relative_to(folder.resolve()).as_posix() if item.mask else None
+        mask = Mask(path, hash_pixels(mask_image))
+    return _Seen(item, pixels, geometry, mask, likeness(picture.image), picture.notes)
+
+
+def _mask(item: Item, picture: Picture, settings: Dataset) -> Image.Image | None:
+    """The mask as greyscale of the picture's size."""
+    if (item.concept.masks or settings.masks) == "alpha":
+        if picture.alpha is None:
+            raise BadImage("has no transparency, but its alpha channel is to be the mask")
+        return picture.alpha
+    if item.no_mask:
+        raise BadImage(item.no_mask)
+    if not item.mask:
+        return None
+    return read_mask(item.mask, picture.image.size, settings.max_pixels)
+
+
+def _geometry(picture: Picture, mask: Image.Image | None, pixels: str, settings: Dataset) -> Geometry:
+    size, b = picture.image.size, settings.buckets
+    if b:
+        target = bucket(size, settings.resolution, b.step, b.min_side, b.max_side, settings.allow_upscaling)
+    else:
+        target = square(size, settings.resolution, settings.allow_upscaling)
+    if settings.crop == "random":
+        rng = np.random.default_rng([settings.seed, int(pixels[:16], 16)])
+        return fit(size, target, lambda w, h: (int(rng.integers(w + 1)), int(rng.integers(h + 1))))
+    if settings.crop == "mask" and mask is not None:
+        return fit(size, target, _around(mask, target))
+    return fit(size, target)
+
+
+def _around(mask: Image.Image, target: tuple[int, int]) -> Callable[[int, int], tuple[int, int]]:
+    """Place the cut so that the mask's centre of mass comes as near to its middle as the picture allows."""
+    weights = np.asarray(mask, np.float64)
+    if not weights.any():
+        raise BadImage("has a mask that is black all over")
+    x, y = (
+        (np.arange(n) + 0.5) @ weights.sum(axis=axis) / weights.sum() / n for axis, n in ((0, mask.width), (1, mask.height))
+    )
+
+    def place(spare_width: int, spare_height: int) -> tuple[int, int]:
+        left = round(x * (target[0] + spare_width) - target[0] / 2)
+        top = round(y * (target[1] + spare_height) - target[1] / 2)
+        return min(max(left, 0), spare_width), min(max(top, 0), spare_height)
+
+    return place
+
+
+def _captions(seen: list[_Seen], settings: Dataset, auto_caption: AutoCaption | None) -> list[list[str] | str]:
+    """The caption variants of every picture, or why it has none."""
+    raw: list[tuple[str, ...]] = []
+    for look in seen:
+        found, concept = look.item.found, look.item.concept
+        instance = concept.instance_prompt or (None if concept.regularisation else settings.instance_prompt)
+        named = (found.class_name or Path(concept.path).name) if settings.missing_caption == "folder-name" else ""
+        raw.append(found.captions or ((instance,) if instance else (named,) if named else ()))
+    if settings.missing_caption == "auto" and auto_caption:
+        without = [i for i, captions in enumerate(raw) if not captions]
+        written = auto_caption([(seen[i].item.file, seen[i].pixels) for i in without])
+        for i, caption in zip(without, written, strict=True):
+            raw[i] = (caption,)
+    return [_resolve(look, captions, settings) for look, captions in zip(seen, raw, strict=True)]
+
+
+def _resolve(look: _Seen, captions: tuple[str, ...], settings: Dataset) -> list[str] | str:
+    if not captions:
+        return "has no caption: write one beside it, or set dataset.instance_prompt, or dataset.missing_caption to folder-name or auto"
+    concept = look.item.concept
+    orders = (
+        variants(captions, settings.keep_tags, settings.variants, settings.seed, look.pixels)
+        if settings.shuffle_tags
+        else list(captions)
+    )
+    prefix = settings.prefix if concept.prefix is None else concept.prefix
+    suffix = settings.suffix if concept.suffix is None else concept.suffix
+    trigger = "" if concept.regularisation else settings.trigger  # pictures of the class must not answer to it
+    return list(dict.fromkeys(with_trigger(dress(c, prefix, suffix, settings.template), trigger) for c in orders))
+
+
+def _hold_one_out(samples: list[Sample], settings: Dataset) -> list[Sample]:
+    """Few pictures and chance: one is held out all the same, or nothing could be measured."""
+    ours = [s for s in samples if not s.regularisation]
+    if not settings.held_out_fraction or len(ours) < 2 or any(s.split == "held-out" for s in ours):
+        return samples
+    least = min(ours, key=lambda s: s.pixels)
+    return [replace(s, split="held-out") if s.pixels == least.pixels and not s.regularisation else s for s in samples]
+
+
+def _without_duplicates(
+    samples: list[Sample], likenesses: dict[str, Likeness], settings: Dataset
+) -> tuple[list[Sample], list[Reject], list[tuple[str, str]]]:
+    """Leave out later copies if asked to, and always what would carry a held-out picture into the training."""
+    pairs = near_pairs([likenesses[s.path] for s in samples])
+    gone: dict[int, str] = {}  # by place: two rows of an archive may hold one picture, and then share its path
+    if settings.duplicates == "drop":
+        for i, j in pairs:
+            if i not in gone and samples[i].split == samples[j].split:
+                gone.setdefault(j, f"nearly the same picture as {samples[i].path}")
+    for i, j in pairs:
+        if samples[i].split != samples[j].split:
+            ours, held_out = (i, j) if samples[i].split == "train" else (j, i)
+            gone.setdefault(
+                ours, f"nearly the same picture as {samples[held_out].path}, which is held out: losses would flatter"
+            )
+    kept = [s for i, s in enumerate(samples) if i not in gone]
+    left_out = [Reject(samples[i].path, gone[i]) for i in sorted(gone)]
+    return kept, left_out, [(samples[i].path, samples[j].path) for i, j in pairs]
+
+
+def _ahead(work: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
+    """Results in order, worked out in threads at most `_AHEAD` items ahead of the reader."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        waiting: deque[tuple[T, Future[R]]] = deque()
+        try:
+            for item in items:
+                waiting.append((item, pool.submit(work, item)))
+                if len(waiting) == _AHEAD:
+                    done, future = waiting.popleft()
+                    yield done, future.result()
+            while waiting:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)

@@ -1,101 +1,107 @@
-"""The sidecar source: pictures with captions of the same stem beside them, nested folders allowed."""
+"""Pictures with caption files of the same stem beside them, nested folders allowed."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from pipeline.config import Dataset
+from pipeline.dataset.rows import LINK_OUT, shown, sorted_scan
+from pipeline.dataset.source import (
+    IMAGE_EXTENSIONS,
+    Found,
+    Reject,
+    Scan,
+    clean_caption,
+    is_image,
+    is_inside,
+    read_text_file,
+    visible_files,
+)
 from pipeline.errors import UserError
 
-IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-MAX_CAPTION_CHARACTERS = 10_000
+
+class Sidecar:
+    """See `pipeline.dataset.source.Source`."""
+
+    name = "sidecar"
+
+    def detect(self, folder: Path) -> bool:
+        return True  # the plainest form: what a folder is taken for when it is nothing else
+
+    def scan(self, folder: Path, settings: Dataset, unpacked: Path, check_stop: Callable[[], None]) -> Scan:
+        files = visible_files(folder)
+        pictures = {name: stem_of(name) for name in files if is_image(name)}
+        if not pictures:
+            raise UserError(
+                f"dataset.path: no picture in {folder}: looked for {', '.join(IMAGE_EXTENSIONS)} in it and its sub-folders"
+            )
+        captions = {name: stem_of(name) for name in files if is_caption(name, settings)}
+        return pair(folder, files, pictures, captions, settings)
 
 
-@dataclass(frozen=True)
-class Found:
-    """A picture and its caption, unread pixels; `path` is relative to the dataset's folder, with `/`."""
+def pair(
+    folder: Path, files: Mapping[str, Path], pictures: Mapping[str, str], captions: Mapping[str, str], settings: Dataset
+) -> Scan:
+    """Match pictures with caption files.
 
-    path: str
-    caption: str
-
-
-@dataclass(frozen=True)
-class Reject:
-    """A file that cannot be used, and why."""
-
-    path: str
-    reason: str
-
-
-def scan(folder: Path, caption_extension: str) -> tuple[list[Found], list[Reject]]:
-    """List the folder's pictures with their captions, sorted by path; hidden files are left alone.
-
-    Raises:
-        UserError: the folder is missing or holds no picture.
+    Args:
+        folder: the dataset's folder.
+        files: relative name -> file.
+        pictures, captions: relative name -> stem; a caption belongs to the picture of the same stem.
+        settings: for the extensions, the first of which wins, and for `caption_lines`.
     """
-    require_folder(folder)
-    files = {
-        p.relative_to(folder).as_posix(): p
-        for p in sorted(folder.rglob("*"))
-        if p.is_file() and not any(part.startswith(".") for part in p.relative_to(folder).parts)
-    }
-    images = [name for name in files if Path(name).suffix.lower() in IMAGE_EXTENSIONS]
-    captions = {name for name in files if Path(name).suffix == caption_extension}
-    if not images:
-        raise UserError(
-            f"dataset.path: no picture in {folder}: looked for {', '.join(IMAGE_EXTENSIONS)} in it and its sub-folders"
-        )
+    named = {(stem, Path(name).suffix): name for name, stem in captions.items()}
     found: list[Found] = []
     rejects: list[Reject] = []
-    stems: dict[str, str] = {}
-    for name in images:
-        stem = Path(name).with_suffix("").as_posix()
-        sidecar = stem + caption_extension
+    taken: dict[str, str] = {}
+    for name, stem in pictures.items():
+        beside = [named[stem, extension] for extension in caption_extensions(settings) if (stem, extension) in named]
+        class_name = Path(name).parent.name
         if not name.isprintable():
-            rejects.append(Reject(ascii(name), "has a name that cannot be printed: rename it"))
-        elif stem in stems:
-            rejects.append(Reject(name, f"shares its caption file with {stems[stem]}: give one of them another name"))
-        elif sidecar not in captions:
-            rejects.append(Reject(name, f"has no caption: {sidecar} is missing"))
-        elif not _inside(files[name], folder) or not _inside(files[sidecar], folder):
-            rejects.append(Reject(name, "is a link out of the dataset's folder"))
+            rejects.append(Reject(shown(name), "has a name that cannot be printed: rename it"))
+        elif not is_inside(files[name], folder) or (beside and not is_inside(files[beside[0]], folder)):
+            rejects.append(Reject(name, LINK_OUT))
+        elif not beside:
+            found.append(Found(name, (), class_name=class_name))
+        elif beside[0] in taken:
+            rejects.append(Reject(name, f"shares its caption file with {taken[beside[0]]}: give one of them another name"))
         else:
-            stems[stem] = name
-            caption, fault = _read_caption(files[sidecar])
+            taken[beside[0]] = name
+            variants, fault = read_captions(files[beside[0]], settings.caption_lines)
             if fault:
-                rejects.append(Reject(name, f"{sidecar}: {fault}"))
+                rejects.append(Reject(name, f"{beside[0]}: {fault}"))
             else:
-                found.append(Found(name, caption))
-    image_stems = {Path(name).with_suffix("").as_posix() for name in images}
-    for name in sorted(captions):
-        if Path(name).with_suffix("").as_posix() not in image_stems:
-            rejects.append(Reject(name, "is a caption without a picture of the same name"))
-    return found, rejects
+                found.append(Found(name, variants, class_name=class_name))
+    stems = set(pictures.values())
+    lonely = [name for name, stem in captions.items() if stem not in stems]
+    rejects += [Reject(shown(name), "is a caption without a picture of the same name") for name in lonely]
+    return sorted_scan(found, rejects)
 
 
-def require_folder(folder: Path) -> None:
-    """Raise `UserError` where the dataset's folder is not there."""
-    if not folder.is_dir():
-        raise UserError(f"dataset.path: {folder} is no folder: give the folder that holds your pictures and captions")
+def caption_extensions(settings: Dataset) -> tuple[str, ...]:
+    """The extensions of caption files, the first that is there wins."""
+    return tuple(dict.fromkeys((settings.caption_extension, ".caption")))
 
 
-def _inside(path: Path, folder: Path) -> bool:
-    return path.resolve().is_relative_to(folder.resolve())
+def is_caption(name: str, settings: Dataset) -> bool:
+    """Whether the file's name says that it is a caption."""
+    return Path(name).suffix in caption_extensions(settings)
 
 
-def _read_caption(path: Path) -> tuple[str, str]:
-    """The caption with its white space folded, and what is wrong with it, one of them empty."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        return "", f"is not UTF-8 text (byte {error.start})"
-    except OSError as error:
-        return "", f"cannot be read: {error.strerror}"
-    caption = " ".join(text.split())
-    if not caption:
-        return "", "the caption is empty"
-    if len(caption) > MAX_CAPTION_CHARACTERS:
-        return "", f"the caption has {len(caption)} characters; at most {MAX_CAPTION_CHARACTERS} are allowed"
-    if any(ord(c) < 32 or 127 <= ord(c) < 160 for c in caption):
-        return "", "the caption holds control characters"
-    return caption, ""
+def stem_of(name: str) -> str:
+    """The relative name without its last extension."""
+    return Path(name).with_suffix("").as_posix()
+
+
+def read_captions(path: Path, lines: bool) -> tuple[tuple[str, ...], str]:
+    """The captions of a file, one, or one per line that is not blank, and what is wrong, one of them empty."""
+    text, fault = read_text_file(path)
+    if fault:
+        return (), fault
+    cleaned = [clean_caption(part) for part in ([p for p in text.splitlines() if p.strip()] or [""] if lines else [text])]
+    faults = [fault for _, fault in cleaned if fault]
+    return ((), faults[0]) if faults else (tuple(caption for caption, _ in cleaned), "")
+
+
+SOURCE = Sidecar()

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.diffusion import Objective, mse_per_sample, stratified
+from pipeline.diffusion import Objective, stratified
 from pipeline.encodings import EncodedSample, Encodings
 from pipeline.families.base import Family
+from pipeline.losses import mse_per_sample
 from pipeline.progress import Bar
 from pipeline.randomness import Purpose, draw
 
@@ -55,7 +56,7 @@ def mean_loss(
             x_0 = torch.stack([encodings.read(s.latents[0])["mean"].float() for s, _ in group]).to(device)
             noise = torch.stack([_noise(s, i, tuple(x_0.shape[1:])) for s, i in group]).to(device)
             t = objective.timesteps(torch.stack([u[i] for _, i in group])).to(device)
-            texts = [encodings.read(s.text) for s, _ in group]
+            texts = [encodings.text(s.texts[0]) for s, _ in group]
             dtype = next(denoiser.parameters()).dtype
             text = {part: torch.stack([entry[part] for entry in texts]).to(device, dtype) for part in texts[0]}
             geometry = torch.stack([encodings.read(s.latents[0])["geometry"] for s, _ in group]).to(device)
@@ -63,6 +64,13 @@ def mean_loss(
             total += mse_per_sample(predicted, objective.target(x_0, noise, t)).cpu().double().sum().item()
         bar.advance(len(chunk))
     return total / len(pairs)
+
+
+def spread(samples: list[EncodedSample], most: int) -> list[EncodedSample]:
+    """At most `most` samples, spread evenly over the list, which is sorted by a content hash: an unbiased choice."""
+    if len(samples) <= most:
+        return samples
+    return [samples[i * len(samples) // most] for i in range(most)]
 
 
 def _noise(sample: EncodedSample, timestep: int, shape: tuple[int, ...]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ class Sampler:
     negative_prompt: str
     width: int
     height: int
+    clip_skip: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,27 @@ class Shot:
         return f"{hash_json(self.prompt)[:6]}-{words}-seed{self.seed}-scale{self.scale:g}.png"
 
 
-def use_scheduler(pipeline: Any, name: str) -> None:
-    """Swap a diffusers pipeline's scheduler, keeping its noise schedule."""
+def use_scheduler(pipeline: Any, name: str, changes: Mapping[str, Any] | None = None) -> None:
+    """Swap a diffusers pipeline's scheduler, keeping its noise schedule but for `changes`; `base` keeps its kind too."""
     from importlib import import_module
 
-    module, kind = _SCHEDULERS[name]
-    pipeline.scheduler = getattr(import_module(module), kind).from_config(pipeline.scheduler.config)
+    if name == "base":
+        kind = type(pipeline.scheduler)
+    else:
+        module, class_name = _SCHEDULERS[name]
+        kind = getattr(import_module(module), class_name)
+    pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **(changes or {}))
+
+
+def sampling_changes(prediction: str, zero_terminal_snr: bool) -> dict[str, Any]:
+    """What `model.prediction` and `model.zero_terminal_snr` mean to a diffusers scheduler.
+
+    From zero SNR the last timestep must be sampled too: trailing spacing (Lin et al. 2024, arXiv 2305.08891, section 3.3).
+    """
+    changes: dict[str, Any] = {} if prediction == "auto" else {"prediction_type": prediction}
+    if zero_terminal_snr:
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return changes
 
 
 def draw_shots(
@@ -95,6 +111,7 @@ def _draw(pipeline: Any, shots: Sequence[Shot], sampler: Sampler) -> list[Image.
         guidance_scale=sampler.guidance_scale,
         width=sampler.width,
         height=sampler.height,
+        clip_skip=sampler.clip_skip or None,
         generator=generators,
     ).images
     return images

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ def render_card(header: dict[str, Any], facts: dict[str, Any]) -> str:
     environment = Environment(
         loader=FileSystemLoader(_HERE), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
     )
-    environment.filters["md"] = escape_markdown
+    environment.filters |= {"md": escape_markdown, "code": inside_code}
     return environment.get_template("card.md.jinja").render(header=text.getvalue().strip(), **facts)
 
 
@@ -35,3 +37,30 @@ def escape_markdown(text: object) -> str:
     for mark in "\\`*_[]|#~":
         safe = safe.replace(mark, "\\" + mark)
     return " ".join(safe.split())
+
+
+def inside_code(text: object) -> str:
+    """Text between two backticks: one of its own would end the code, and a bar the table's cell."""
+    return " ".join(str(text).replace("`", "'").replace("|", "¦").split())
+
+
+def model_index(name: str, metrics: Mapping[str, float], dataset: str) -> list[dict[str, Any]] | None:
+    """The metrics as the Hub's `model-index`; None where nothing was measured."""
+    if not metrics:
+        return None
+    measured = [
+        {"type": metric, "name": metric.replace("_", " "), "value": float(f"{value:.6g}")} for metric, value in metrics.items()
+    ]
+    data = {"type": "imagefolder", "name": dataset}
+    task = {"type": "text-to-image", "name": "Text to image"}
+    return [{"name": name, "results": [{"task": task, "dataset": data, "metrics": measured}]}]
+
+
+def loss_by_fifths(losses: Sequence[float]) -> list[tuple[str, float]]:
+    """The training loss in five lines: steps and their mean loss; fewer where there were fewer steps."""
+    count = min(5, len(losses))
+    edges = [i * len(losses) // count for i in range(count + 1)] if count else []
+    return [
+        (f"{start + 1}–{end}" if end - start > 1 else f"{end}", sum(losses[start:end]) / (end - start))
+        for start, end in pairwise(edges)
+    ]

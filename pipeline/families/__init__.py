@@ -6,7 +6,7 @@ from importlib import import_module
 
 from pipeline.families.base import Family
 
-_FILES = {"sd": "pipeline.families.sd", "sdxl": "pipeline.families.sdxl"}
+_FILES = {"sd": "pipeline.families.sd", "sdxl": "pipeline.families.sdxl", "sd3": "pipeline.families.sd3"}
 
 
 def family(name: str) -> Family:

@@ -5,7 +5,7 @@ A family never chooses timesteps, noise, targets or weights: those are `diffusio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,6 +24,26 @@ class Posterior:
     std: Tensor
 
 
+@dataclass(frozen=True)
+class KohyaNames:
+    """How the files of Kohya's scripts, ComfyUI and A1111 name a family's layers."""
+
+    prefixes: dict[str, str]  # component of diffusers' pipeline -> what its layers' names start with
+    original_blocks: bool  # the denoiser's blocks go by the original checkpoint's names, not by diffusers'
+
+
+@dataclass(frozen=True)
+class BaseVersion:
+    """What other programs call a base; they sort adapters by it."""
+
+    kohya: str  # `ss_base_model_version`
+    v2: bool  # `ss_v2`
+    architecture: str  # `modelspec.architecture`
+    implementation: str  # `modelspec.implementation`
+    prediction: str  # `modelspec.prediction_type`: epsilon or v; "" for what it has no word for
+    layers_per_block: int  # of a UNet: the original layout's block numbers count them; 0 for other networks
+
+
 class Family(Protocol):
     """One family of base models."""
 
@@ -32,9 +52,12 @@ class Family(Protocol):
     vae_folders: tuple[str, ...]  # the sub-folders whose files settle the latents
     text_folders: tuple[str, ...]  # ... and the text embeddings
     denoiser_key: str  # the denoiser's name in diffusers' pipelines and adapter files
+    pipeline_class: str  # diffusers' class, for a model card
+    kohya: KohyaNames | None  # None: those files are no renaming of diffusers' layers, and are not written
+    lora_targets: Mapping[str, tuple[str, ...]]  # what `attention`, `feed-forward` and `conv` of lora.targets stand for
 
-    def load_vae(self, model: LocalModel, device: torch.device) -> nn.Module:
-        """The image encoder, in float32, in evaluation mode."""
+    def load_vae(self, model: LocalModel, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """The image encoder, in evaluation mode."""
 
     def encode_pixels(self, vae: nn.Module, pixels: Tensor) -> Posterior:
         """(B, 3, H, W) in [-1, 1] -> the normalised posterior."""
@@ -42,11 +65,18 @@ class Family(Protocol):
     def load_text_encoders(self, model: LocalModel, device: torch.device) -> Any:
         """Tokenizers and text encoders, in float32; what `encode_captions` takes."""
 
-    def encode_captions(self, encoders: Any, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Named embeddings, each (B, …)."""
+    def encode_captions(self, encoders: Any, captions: Sequence[str], chunks: int, clip_skip: int) -> dict[str, Tensor]:
+        """Named embeddings, each (B, …).
 
-    def token_counts(self, encoders: Any, captions: Sequence[str]) -> tuple[list[int], int]:
-        """Tokens of each caption with its marks, untruncated, and the most that the encoder takes."""
+        Args:
+            encoders: from `load_text_encoders`.
+            captions: B texts; what does not fit is cut off.
+            chunks: stretches of the encoder's length that a caption may fill, their states joined.
+            clip_skip: layers left out at the encoder's end, in diffusers' count; 0 is the family's own choice.
+        """
+
+    def token_counts(self, encoders: Any, captions: Sequence[str], chunks: int) -> tuple[list[int], int]:
+        """Tokens of each caption without its marks, untruncated, and the most that is read."""
 
     def load_denoiser(self, model: LocalModel, dtype: torch.dtype) -> nn.Module:
         """The network that the adapter is made for, frozen, on the CPU."""
@@ -60,3 +90,6 @@ class Family(Protocol):
 
     def load_pipeline(self, model: LocalModel, device: torch.device, dtype: torch.dtype) -> Any:
         """The whole base as a diffusers pipeline, for sampling."""
+
+    def base_version(self, model: LocalModel) -> BaseVersion:
+        """What other programs call this base, from its configs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,12 @@ from pipeline.families.base import Posterior
 from pipeline.model_source import LocalModel
 from pipeline.quiet import quiet_libraries
 
+UNET_TARGETS = {
+    "attention": ("to_q", "to_k", "to_v", "to_out.0"),
+    "feed-forward": ("ff.net.0.proj", "ff.net.2"),
+    "conv": ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"),
+}
+
 
 @dataclass(frozen=True)
 class ClipEncoder:
@@ -24,23 +31,21 @@ class ClipEncoder:
     encoder: nn.Module
 
 
-def load_vae(model: LocalModel, device: torch.device) -> nn.Module:
-    """The base's `AutoencoderKL`, float32, frozen."""
+def load_vae(model: LocalModel, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The base's `AutoencoderKL`, frozen."""
     quiet_libraries()
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    vae = AutoencoderKL.from_pretrained(
-        model.path, subfolder="vae", variant=model.variant, dtype=torch.float32, use_safetensors=True
-    )
+    vae = AutoencoderKL.from_pretrained(model.path, subfolder="vae", variant=model.variant, dtype=dtype, use_safetensors=True)
     frozen: nn.Module = vae.requires_grad_(False).eval().to(device)
     return frozen
 
 
 def encode_with_vae(vae: Any, pixels: Tensor) -> Posterior:
-    """(B, 3, H, W) in [-1, 1] -> posterior with the VAE's shift and scale applied."""
-    posterior = vae.encode(pixels).latent_dist
+    """(B, 3, H, W) in [-1, 1] -> posterior with the VAE's shift and scale applied, in float32."""
+    posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
     shift, scale = vae.config.shift_factor or 0.0, vae.config.scaling_factor
-    return Posterior((posterior.mean - shift) * scale, posterior.std * scale)
+    return Posterior((posterior.mean.float() - shift) * scale, posterior.std.float() * scale)
 
 
 def load_unet(model: LocalModel, dtype: torch.dtype) -> nn.Module:
@@ -69,19 +74,34 @@ def load_clip(model: LocalModel, device: torch.device, tokenizer: str, encoder: 
     )
 
 
-def tokenise(encoders: ClipEncoder, captions: Sequence[str]) -> Tensor:
-    """Token ids padded to the encoder's length, on its device: (B, L)."""
+def tokenise(encoders: ClipEncoder, captions: Sequence[str], chunks: int = 1) -> Tensor:
+    """Token ids, every chunk with its marks and padded to the encoder's length L, on its device: (B · chunks, L)."""
     tokenizer = encoders.tokenizer
-    ids = tokenizer(
-        list(captions), padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
-    ).input_ids
+    if chunks == 1:
+        ids = tokenizer(
+            list(captions), padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
+        ).input_ids
+    else:
+        inner = tokenizer.model_max_length - 2
+        rows = []
+        for tokens in tokenizer(list(captions), add_special_tokens=False, verbose=False).input_ids:
+            for i in range(chunks):
+                row = [tokenizer.bos_token_id, *tokens[i * inner : (i + 1) * inner], tokenizer.eos_token_id]
+                rows.append(row + [tokenizer.pad_token_id] * (tokenizer.model_max_length - len(row)))
+        ids = torch.tensor(rows)
     device = next(encoders.encoder.parameters()).device
     return torch.as_tensor(ids).to(device)
 
 
-def count_tokens(encoders: ClipEncoder, captions: Sequence[str]) -> list[int]:
-    """Tokens of each caption with its start and end marks, untruncated."""
-    return [len(ids) for ids in encoders.tokenizer(list(captions), verbose=False).input_ids]
+def join_chunks(hidden: Tensor, chunks: int) -> Tensor:
+    """(B · chunks, L, D) -> (B, chunks · L, D)."""
+    return hidden.reshape(-1, chunks * hidden.shape[1], hidden.shape[2])
+
+
+def count_tokens(encoders: ClipEncoder, captions: Sequence[str], chunks: int) -> tuple[list[int], int]:
+    """Tokens of each caption without its marks, untruncated, and how many are read."""
+    counts = [len(ids) for ids in encoders.tokenizer(list(captions), add_special_tokens=False, verbose=False).input_ids]
+    return counts, chunks * (encoders.tokenizer.model_max_length - 2)
 
 
 def ddpm_of(model: LocalModel) -> Ddpm:
@@ -95,3 +115,15 @@ def ddpm_of(model: LocalModel) -> Ddpm:
     if prediction not in ("epsilon", "v_prediction"):
         raise UserError(f"{model.path}/scheduler: prediction_type {prediction!r}: epsilon or v_prediction can be trained")
     return Ddpm(scheduler.alphas_cumprod.float(), prediction)
+
+
+def config_of(model: LocalModel, component: str, file: str = "config.json") -> dict[str, Any]:
+    """A component's config as its JSON file states it."""
+    config: dict[str, Any] = json.loads((model.path / component / file).read_text(encoding="utf-8"))
+    return config
+
+
+def prediction_of(model: LocalModel) -> str:
+    """`epsilon` or `v`, as the base's scheduler config states."""
+    stated = config_of(model, "scheduler", "scheduler_config.json").get("prediction_type", "epsilon")
+    return "v" if stated == "v_prediction" else str(stated)

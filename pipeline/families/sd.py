@@ -9,15 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.diffusion import Objective
-from pipeline.families.base import Posterior
+from pipeline.families.base import BaseVersion, KohyaNames, Posterior
 from pipeline.families.parts import (
+    UNET_TARGETS,
     ClipEncoder,
+    config_of,
     count_tokens,
     ddpm_of,
     encode_with_vae,
+    join_chunks,
     load_clip,
     load_unet,
     load_vae,
+    prediction_of,
     tokenise,
 )
 from pipeline.model_source import LocalModel
@@ -32,9 +36,12 @@ class StableDiffusion:
     vae_folders: tuple[str, ...] = ("vae",)
     text_folders: tuple[str, ...] = ("text_encoder", "tokenizer")
     denoiser_key = "unet"
+    pipeline_class = "StableDiffusionPipeline"
+    kohya = KohyaNames({"unet": "lora_unet", "text_encoder": "lora_te"}, original_blocks=False)
+    lora_targets = UNET_TARGETS
 
-    def load_vae(self, model: LocalModel, device: torch.device) -> nn.Module:
-        return load_vae(model, device)
+    def load_vae(self, model: LocalModel, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        return load_vae(model, device, dtype)
 
     def encode_pixels(self, vae: nn.Module, pixels: Tensor) -> Posterior:
         return encode_with_vae(vae, pixels)
@@ -44,11 +51,16 @@ class StableDiffusion:
 
         return load_clip(model, device, "tokenizer", "text_encoder", CLIPTextModel)
 
-    def encode_captions(self, encoders: ClipEncoder, captions: Sequence[str]) -> dict[str, Tensor]:
-        return {"hidden": encoders.encoder(tokenise(encoders, captions)).last_hidden_state}
+    def encode_captions(self, encoders: ClipEncoder, captions: Sequence[str], chunks: int, clip_skip: int) -> dict[str, Tensor]:
+        tokens = tokenise(encoders, captions, chunks)
+        if not clip_skip:
+            return {"hidden": join_chunks(encoders.encoder(tokens).last_hidden_state, chunks)}
+        encoder: Any = encoders.encoder
+        states = encoder(tokens, output_hidden_states=True).hidden_states[-(clip_skip + 1)]
+        return {"hidden": join_chunks(encoder.final_layer_norm(states), chunks)}
 
-    def token_counts(self, encoders: ClipEncoder, captions: Sequence[str]) -> tuple[list[int], int]:
-        return count_tokens(encoders, captions), encoders.tokenizer.model_max_length
+    def token_counts(self, encoders: ClipEncoder, captions: Sequence[str], chunks: int) -> tuple[list[int], int]:
+        return count_tokens(encoders, captions, chunks)
 
     def load_denoiser(self, model: LocalModel, dtype: torch.dtype) -> nn.Module:
         return load_unet(model, dtype)
@@ -74,7 +86,25 @@ class StableDiffusion:
             requires_safety_checker=False,
             local_files_only=True,
         )
+        # transformers 5 has no `text_model` in this class any more, and diffusers 0.42 looks for it under clip_skip; set past
+        # torch's registration, or the module would contain itself
+        object.__setattr__(pipeline.text_encoder, "text_model", pipeline.text_encoder)
         return pipeline.to(device)
+
+    def base_version(self, model: LocalModel) -> BaseVersion:
+        unet, prediction = config_of(model, "unet"), prediction_of(model)
+        v2 = unet.get("cross_attention_dim") == 1024  # OpenCLIP's width; 1.x has 768
+        architecture = "stable-diffusion-v1"
+        if v2:
+            architecture = "stable-diffusion-v2-768-v" if prediction == "v" else "stable-diffusion-v2-512"
+        return BaseVersion(
+            kohya=("sd_v2" if v2 else "sd_v1") + ("_v" if prediction == "v" else ""),
+            v2=v2,
+            architecture=architecture,
+            implementation="diffusers",
+            prediction=prediction,
+            layers_per_block=unet.get("layers_per_block", 2),
+        )
 
 
 FAMILY = StableDiffusion()

@@ -9,15 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.diffusion import Objective
-from pipeline.families.base import Posterior
+from pipeline.families.base import BaseVersion, KohyaNames, Posterior
 from pipeline.families.parts import (
+    UNET_TARGETS,
     ClipEncoder,
+    config_of,
     count_tokens,
     ddpm_of,
     encode_with_vae,
+    join_chunks,
     load_clip,
     load_unet,
     load_vae,
+    prediction_of,
     tokenise,
 )
 from pipeline.model_source import LocalModel
@@ -32,9 +36,12 @@ class StableDiffusionXL:
     vae_folders: tuple[str, ...] = ("vae",)
     text_folders: tuple[str, ...] = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     denoiser_key = "unet"
+    pipeline_class = "StableDiffusionXLPipeline"
+    kohya = KohyaNames({"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}, original_blocks=True)
+    lora_targets = UNET_TARGETS
 
-    def load_vae(self, model: LocalModel, device: torch.device) -> nn.Module:
-        return load_vae(model, device)
+    def load_vae(self, model: LocalModel, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        return load_vae(model, device, dtype)
 
     def encode_pixels(self, vae: nn.Module, pixels: Tensor) -> Posterior:
         return encode_with_vae(vae, pixels)
@@ -47,14 +54,18 @@ class StableDiffusionXL:
             load_clip(model, device, "tokenizer_2", "text_encoder_2", CLIPTextModelWithProjection),
         )
 
-    def encode_captions(self, encoders: tuple[ClipEncoder, ClipEncoder], captions: Sequence[str]) -> dict[str, Tensor]:
-        """The last hidden layer but one of both encoders, joined, and the second one's pooled projection."""
-        outputs = [clip.encoder(tokenise(clip, captions), output_hidden_states=True) for clip in encoders]
-        hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
-        return {"hidden": hidden, "pooled": outputs[1].text_embeds}
+    def encode_captions(
+        self, encoders: tuple[ClipEncoder, ClipEncoder], captions: Sequence[str], chunks: int, clip_skip: int
+    ) -> dict[str, Tensor]:
+        """The last hidden layer but one of both encoders, joined, and the second one's pooled projection of the first chunk."""
+        outputs = [clip.encoder(tokenise(clip, captions, chunks), output_hidden_states=True) for clip in encoders]
+        hidden = [join_chunks(output.hidden_states[-(clip_skip + 2)], chunks) for output in outputs]
+        return {"hidden": torch.cat(hidden, dim=-1), "pooled": outputs[1].text_embeds[::chunks]}
 
-    def token_counts(self, encoders: tuple[ClipEncoder, ClipEncoder], captions: Sequence[str]) -> tuple[list[int], int]:
-        return count_tokens(encoders[0], captions), encoders[0].tokenizer.model_max_length
+    def token_counts(
+        self, encoders: tuple[ClipEncoder, ClipEncoder], captions: Sequence[str], chunks: int
+    ) -> tuple[list[int], int]:
+        return count_tokens(encoders[0], captions, chunks)
 
     def load_denoiser(self, model: LocalModel, dtype: torch.dtype) -> nn.Module:
         return load_unet(model, dtype)
@@ -81,6 +92,16 @@ class StableDiffusionXL:
             local_files_only=True,
         )
         return pipeline.to(device)
+
+    def base_version(self, model: LocalModel) -> BaseVersion:
+        return BaseVersion(
+            kohya="sdxl_base_v1-0",
+            v2=False,
+            architecture="stable-diffusion-xl-v1-base",
+            implementation="https://github.com/Stability-AI/generative-models",
+            prediction=prediction_of(model),
+            layers_per_block=config_of(model, "unet").get("layers_per_block", 2),
+        )
 
 
 FAMILY = StableDiffusionXL()

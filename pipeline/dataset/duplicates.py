@@ -1,0 +1,58 @@
+"""Pictures that show nearly the same: resaved, rescaled or slightly retouched copies.
+
+Two pictures are near-duplicates when their perceptual hashes (64 bits of the DCT, `imagehash.phash`) differ in at most
+`MAX_BITS` bits and their 16×16 thumbnails by at most `MAX_LEVELS` grey levels on average: the hash alone is blind to colour.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import imagehash
+import numpy as np
+from PIL import Image
+
+MAX_BITS = 4
+MAX_LEVELS = 6.0
+_BANDS = 5  # 64 bits in five bands: hashes that differ in at most four bits agree in one whole band
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """What is compared of a picture."""
+
+    bits: int  # 64-bit perceptual hash
+    thumbnail: bytes  # 16×16 RGB
+
+
+def likeness(image: Image.Image) -> Likeness:
+    """Of an RGB picture."""
+    bits = imagehash.phash(image).hash.ravel()
+    return Likeness(
+        int("".join("1" if bit else "0" for bit in bits), 2), image.resize((16, 16), Image.Resampling.BOX).tobytes()
+    )
+
+
+def are_near(a: Likeness, b: Likeness) -> bool:
+    """Whether two pictures are near-duplicates."""
+    return (a.bits ^ b.bits).bit_count() <= MAX_BITS and _levels_apart(a.thumbnail, b.thumbnail) <= MAX_LEVELS
+
+
+def near_pairs(likenesses: Sequence[Likeness]) -> list[tuple[int, int]]:
+    """All pairs (i, j), i < j, of near-duplicates, in order. Compares only those that share a band of their hashes."""
+    width = -(-64 // _BANDS)
+    shelves: dict[tuple[int, int], list[int]] = defaultdict(list)
+    pairs: set[tuple[int, int]] = set()
+    for j, like in enumerate(likenesses):
+        for band in range(_BANDS):
+            shelf = shelves[band, like.bits >> band * width & (1 << width) - 1]
+            pairs.update((i, j) for i in shelf if (i, j) not in pairs and are_near(likenesses[i], like))
+            shelf.append(j)
+    return sorted(pairs)
+
+
+def _levels_apart(a: bytes, b: bytes) -> float:
+    x, y = np.frombuffer(a, np.uint8).astype(np.int16), np.frombuffer(b, np.uint8).astype(np.int16)
+    return float(np.abs(x - y).mean())

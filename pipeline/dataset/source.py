@@ -1,0 +1,102 @@
+"""What every source of pictures and captions gives: the interface, and what all sources share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from pipeline.config import Dataset
+from pipeline.errors import UserError
+
+IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+MAX_CAPTION_CHARACTERS = 10_000
+
+
+@dataclass(frozen=True)
+class Found:
+    """A picture, its pixels unread, with what the source says of it."""
+
+    path: str  # relative to the dataset's folder, or to the folder of unpacked pictures; with `/`
+    captions: tuple[str, ...]  # as written, cleaned; several are variants of each other; empty: the source has none
+    repeats: int = 1  # how often an epoch shows it
+    class_name: str = ""  # folder, label or Kohya class that names what it shows, where the source knows one
+    mask: str | None = None  # picture of the same size, white where the loss counts; relative to the dataset's folder
+    unpacked: bool = False  # the picture was taken out of an archive into the folder of unpacked pictures
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A file or row that cannot be used, and why."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a source found, both sorted by path."""
+
+    found: list[Found]
+    rejects: list[Reject]
+
+
+class Source(Protocol):
+    """One way in which people keep pictures and captions. One module each, with a `SOURCE`."""
+
+    name: str  # as in `dataset.format`
+
+    def detect(self, folder: Path) -> bool:
+        """Whether the folder is kept in this way; looks at names alone."""
+
+    def scan(self, folder: Path, settings: Dataset, unpacked: Path, check_stop: Callable[[], None]) -> Scan:
+        """List the pictures. Packed sources write each picture's bytes as they are into `unpacked`, one at a time.
+
+        Raises:
+            UserError: the folder is not what the format asks for, or holds no picture.
+        """
+
+
+def visible_files(folder: Path) -> dict[str, Path]:
+    """Every file below the folder by its relative path with `/`, sorted; hidden files and folders are left alone."""
+    relative = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    return {name: relative[name] for name in sorted(relative) if not any(part.startswith(".") for part in name.split("/"))}
+
+
+def is_image(name: str) -> bool:
+    """Whether the file's name says that it is a picture."""
+    return Path(name).suffix.lower() in IMAGE_EXTENSIONS
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether the path, links followed, lies in the folder."""
+    return path.resolve().is_relative_to(folder.resolve())
+
+
+def require_folder(folder: Path) -> None:
+    """Raise `UserError` where the dataset's folder is not there."""
+    if not folder.is_dir():
+        raise UserError(f"dataset.path: {folder} is no folder: give the folder that holds your pictures and captions")
+
+
+def read_text_file(path: Path) -> tuple[str, str]:
+    """The file's text and what is wrong with it, one of them empty."""
+    try:
+        return path.read_text(encoding="utf-8-sig"), ""
+    except UnicodeDecodeError as error:
+        return "", f"is not UTF-8 text (byte {error.start})"
+    except OSError as error:
+        return "", f"cannot be read: {error.strerror}"
+
+
+def clean_caption(text: str) -> tuple[str, str]:
+    """A caption with its white space folded, and what is wrong with it, one of them empty."""
+    caption = " ".join(text.split())
+    if not caption:
+        return "", "the caption is empty"
+    if len(caption) > MAX_CAPTION_CHARACTERS:
+        return "", f"the caption has {len(caption)} characters; at most {MAX_CAPTION_CHARACTERS} are allowed"
+    if any(ord(c) < 32 or 127 <= ord(c) < 160 or 0xD800 <= ord(c) < 0xE000 for c in caption):
+        return "", "the caption holds control characters"
+    return caption, ""

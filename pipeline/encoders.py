@@ -1,0 +1,295 @@
+"""Encoding itself: captions, pictures and masks into the store, in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from pipeline.dataset.geometry import cut
+from pipeline.dataset.images import BadImage, Picture, decode, hash_pixels, read_mask
+from pipeline.dataset.manifest import Manifest
+from pipeline.encode import Cut, How, Todo
+from pipeline.encodings import ContentStore, Entry
+from pipeline.errors import UserError
+from pipeline.families.base import Family, Posterior
+from pipeline.model_source import LocalModel
+from pipeline.progress import progress, say
+
+_PICTURES, _CAPTIONS = 8, 16  # per forward pass, at 512×512 pixels; larger pictures go in smaller batches
+_KEEP_EVERY = 64  # pictures per segment: what a kill can cost
+_LET_IN = 2**62  # the manifest holds only pictures that were let in
+
+
+def encode_todo(
+    todo: Todo,
+    manifest: Manifest,
+    root: Path,
+    family: Family,
+    model: LocalModel,
+    store: ContentStore,
+    how: How,
+    device: torch.device,
+    workers: int,
+    check_stop: Callable[[], None],
+) -> None:
+    """Encode everything that is to do, in this process; models are loaded only where they are needed.
+
+    Raises:
+        UserError: as the three functions below.
+    """
+    if todo.masks:
+        encode_masks(todo.masks, manifest, root, store, family.stride)
+    if todo.captions:
+        encode_captions(todo.captions, family, model, store, how, device, check_stop)
+    if todo.cuts:
+        encode_cuts(todo.cuts, manifest, root, family, model, store, how, device, workers, check_stop)
+
+
+@torch.inference_mode()
+def encode_captions(
+    todo: dict[str, str],
+    family: Family,
+    model: LocalModel,
+    store: ContentStore,
+    how: How,
+    device: torch.device,
+    check_stop: Callable[[], None],
+) -> None:
+    """Encode captions by key.
+
+    Raises:
+        UserError: an embedding is not finite in the stored type.
+    """
+    encoders, dtype = family.load_text_encoders(model, device), getattr(torch, how.dtype)
+    keys = list(todo)
+    counts, most = family.token_counts(encoders, [todo[k] for k in keys], how.caption_chunks)
+    tokens = dict(zip(keys, counts, strict=True))
+    with progress("encoding captions", len(keys), "captions") as bar:
+        for chunk in _chunks(keys, _CAPTIONS):
+            check_stop()
+            # always a full batch: the last bits of a value must not depend on what else is encoded with it
+            padded = [todo[k] for k in chunk] + [""] * (_CAPTIONS - len(chunk))
+            named = family.encode_captions(encoders, padded, how.caption_chunks, how.clip_skip)
+            entries = {key: {part: values[i].to(dtype) for part, values in named.items()} for i, key in enumerate(chunk)}
+            for key, entry in entries.items():
+                if not all(values.isfinite().all() for values in entry.values()):
+                    raise UserError(
+                        f"the caption {todo[key][:100]!r} has no finite embedding in {how.dtype}: set encode.dtype to float32"
+                    )
+                entry["tokens"] = torch.tensor([tokens[key], most], dtype=torch.int32)
+            store.add(entries)
+            bar.advance(len(chunk))
+
+
+@torch.inference_mode()
+def encode_cuts(
+    todo: dict[str, Cut],
+    manifest: Manifest,
+    root: Path,
+    family: Family,
+    model: LocalModel,
+    store: ContentStore,
+    how: How,
+    device: torch.device,
+    workers: int,
+    check_stop: Callable[[], None],
+) -> None:
+    """Encode pictures by key, decoding ahead in worker processes.
+
+    Raises:
+        UserError: a picture changed since the manifest was written, encodes to values that are not finite, or does not fit
+            into the device's memory alone.
+    """
+    vae = _Vae(family, model, device, how)
+    dtype = getattr(torch, how.dtype)
+    keys = sorted(todo, key=lambda k: (todo[k].sample.geometry.size, k))
+    batches = list(_batches_of_one_size(keys, todo))
+    loader = DataLoader(
+        _Pixels([todo[k] for k in keys], manifest, root),
+        batch_sampler=_indices(batches),
+        collate_fn=list,
+        num_workers=workers if len(keys) >= _KEEP_EVERY else 0,  # starting them costs more than a few pictures
+    )
+    pending: dict[str, Entry] = {}
+    try:
+        with progress("encoding pictures", len(keys), "pictures") as bar:
+            for batch, loaded in zip(batches, loader, strict=True):
+                check_stop()
+                faults = [item for item in loaded if isinstance(item, str)]
+                if faults:
+                    raise UserError("\n".join(faults))
+                posterior = vae.encode(torch.stack(loaded), [todo[k].sample.path for k in batch])
+                for i, key in enumerate(batch):
+                    mean, std = posterior.mean[i].to(dtype).cpu(), posterior.std[i].to(dtype).cpu()
+                    if not (mean.isfinite().all() and std.isfinite().all()):
+                        raise UserError(
+                            f"{todo[key].sample.path}: its latents are not finite in {dtype}: set encode.dtype to float32 or "
+                            "bfloat16, or look at the picture"
+                        )
+                    pending[key] = {"mean": mean, "std": std, "geometry": geometry_condition(todo[key])}
+                if len(pending) >= _KEEP_EVERY:
+                    store.add(pending)
+                    pending = {}
+                bar.advance(len(batch))
+    finally:
+        store.add(pending)
+
+
+def encode_masks(todo: dict[str, Cut], manifest: Manifest, root: Path, store: ContentStore, cell: int) -> None:
+    """Resize masks by key to one value per latent cell of `cell` pixels, the mean of what it covers."""
+    entries: dict[str, Entry] = {}
+    for key, wanted in todo.items():
+        mask = _read_mask(manifest, root, wanted)
+        width, height = wanted.sample.geometry.size
+        small = mask.resize((width // cell, height // cell), Image.Resampling.BOX)
+        entries[key] = {"mask": torch.from_numpy(np.asarray(small, np.float32) / 255)[None]}
+    store.add(entries)
+
+
+def geometry_condition(wanted: Cut) -> Tensor:
+    """Original height and width, crop top and left (mirrored with the picture), target height and width: (6,) float32."""
+    g = wanted.sample.geometry
+    left, top, right, _ = g.crop
+    width, height = g.size
+    crop_left = g.resized[0] - right if wanted.flipped else left
+    return torch.tensor([g.original[1], g.original[0], top, crop_left, height, width], dtype=torch.float32)
+
+
+class _Vae:
+    """The image encoder with its fall-backs: smaller batches when memory runs out, float32 when values are not finite."""
+
+    def __init__(self, family: Family, model: LocalModel, device: torch.device, how: How) -> None:
+        self.family, self.model, self.device, self.how = family, model, device, how
+        self.dtype = getattr(torch, how.compute_dtype)
+        self.vae = self._load(self.dtype)
+        self.most = _PICTURES * 512 * 512  # pixels in a forward pass
+
+    def encode(self, pixels: Tensor, names: Sequence[str]) -> Posterior:
+        """(B, 3, H, W) in [-1, 1] -> the normalised posterior in float32, on the device."""
+        area = pixels.shape[-1] * pixels.shape[-2]
+        parts: list[Posterior] = []
+        start = 0
+        while start < len(pixels):
+            size = max(1, min(_PICTURES, self.most // area))
+            part = pixels[start : start + size]
+            # always a full batch: the last bits of a value must not depend on what else is encoded with it
+            full = torch.cat([part, part[:1].expand(size - len(part), -1, -1, -1)]).to(self.device)
+            try:
+                posterior = self.family.encode_pixels(self.vae, full)
+            except torch.OutOfMemoryError:
+                self._shrink(size, area, names[start])
+                continue
+            if self.dtype != torch.float32 and not (posterior.mean.isfinite().all() and posterior.std.isfinite().all()):
+                say(
+                    f"  {names[start]}: not finite in {self.how.compute_dtype}: this and all that follow are encoded in float32"
+                )
+                self.dtype, self.vae = torch.float32, self._load(torch.float32)
+                continue
+            parts.append(Posterior(posterior.mean[: len(part)], posterior.std[: len(part)]))
+            start += len(part)
+        return Posterior(torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts]))
+
+    def _load(self, dtype: torch.dtype) -> torch.nn.Module:
+        vae: torch.nn.Module = self.family.load_vae(self.model, self.device, dtype)
+        if self.how.tiling:
+            vae.enable_tiling()  # type: ignore[operator]
+        return vae
+
+    def _shrink(self, size: int, area: int, name: str) -> None:
+        if size == 1:
+            raise UserError(
+                f"{name}: encoding it alone takes more memory than {self.device} has: set encode.tiling, lower "
+                "dataset.resolution, or set runtime.device to cpu"
+            )
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.most = size // 2 * area
+        say(f"  out of memory with {size} pictures at once: going on with {size // 2}")
+
+
+class _Pixels(Dataset[Tensor | str]):
+    """Decoded and cut pictures, (3, H, W) in [-1, 1], or why there is none: an exception would come out of a worker with
+    its traceback."""
+
+    def __init__(self, cuts: Sequence[Cut], manifest: Manifest, root: Path) -> None:
+        self.cuts, self.manifest, self.root = cuts, manifest, root
+
+    def __len__(self) -> int:
+        return len(self.cuts)
+
+    def __getitem__(self, index: int) -> Tensor | str:
+        wanted = self.cuts[index]
+        try:
+            image = _decode(self.manifest, self.root, wanted).image
+        except UserError as error:
+            return str(error)
+        picture = cut(image, wanted.sample.geometry)
+        if wanted.flipped:
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return torch.from_numpy(np.asarray(picture, np.float32) / 127.5 - 1).permute(2, 0, 1)
+
+
+def _decode(manifest: Manifest, root: Path, wanted: Cut) -> Picture:
+    """The picture as the manifest describes it.
+
+    Raises:
+        UserError: the file is another one now.
+    """
+    sample = wanted.sample
+    try:
+        picture = decode(manifest.file(root, sample), _LET_IN, manifest.background)
+    except BadImage as bad:
+        raise UserError(f"{sample.path} {bad}, but was fine when prepare-dataset read it: run again") from None
+    if hash_pixels(picture.image) != sample.pixels:
+        raise UserError(f"{sample.path} changed since prepare-dataset read it: run again")
+    return picture
+
+
+def _read_mask(manifest: Manifest, root: Path, wanted: Cut) -> Image.Image:
+    sample = wanted.sample
+    assert sample.mask
+    if sample.mask.path is None:
+        mask = _decode(manifest, root, wanted).alpha
+    else:
+        try:
+            mask = read_mask(root / manifest.folder / sample.mask.path, sample.geometry.original, _LET_IN)
+        except BadImage as bad:
+            raise UserError(f"{sample.path} {bad}, but was fine when prepare-dataset read it: run again") from None
+    if mask is None or hash_pixels(mask) != sample.mask.pixels:
+        raise UserError(f"the mask of {sample.path} changed since prepare-dataset read it: run again")
+    picture = cut(mask, sample.geometry)
+    return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if wanted.flipped else picture
+
+
+def _batches_of_one_size(keys: Sequence[str], todo: dict[str, Cut]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    for key in keys:
+        size = todo[key].sample.geometry.size
+        if batch and (len(batch) == _batch_size(size) or size != todo[batch[0]].sample.geometry.size):
+            yield batch
+            batch = []
+        batch.append(key)
+    if batch:
+        yield batch
+
+
+def _batch_size(size: tuple[int, int]) -> int:
+    """Pictures per forward pass of the VAE, whose memory grows with their area."""
+    return max(1, min(_PICTURES, _PICTURES * 512 * 512 // (size[0] * size[1])))
+
+
+def _indices(batches: Sequence[Sequence[str]]) -> list[list[int]]:
+    """The same batches as positions in their concatenation."""
+    starts = np.cumsum([0, *map(len, batches)])
+    return [list(range(start, start + len(batch))) for start, batch in zip(starts, batches, strict=False)]
+
+
+def _chunks(keys: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    for i in range(0, len(keys), size):
+        yield keys[i : i + size]
