@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-all lint bench bench-data clean setup
+.PHONY: demo test test-all test-extras lint bench bench-data clean setup
 
 demo: .venv/ready
 	$(BIN)/python cli.py run
@@ -13,6 +13,13 @@ test: .venv/ready
 
 test-all: .venv/ready
 	$(BIN)/python -m pytest
+
+# bitsandbytes slows every start of peft by a second: into an environment of its own
+test-extras: .venv/ready
+	test -x .venv-extras/bin/python || $(PYTHON) -m venv --system-site-packages .venv-extras
+	echo "$(CURDIR)/$$(echo .venv/lib/python*/site-packages)" > $$(echo .venv-extras/lib/python*/site-packages)/base.pth
+	.venv-extras/bin/pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt bitsandbytes
+	.venv-extras/bin/python -m pytest tests/test_bases.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -31,7 +31,7 @@ def main() -> None:
     """Draw with and without the adapter, judge, print, fail if too little was learned."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", type=Path, default=ADAPTER, help="folder of pytorch_lora_weights.safetensors")
-    parser.add_argument("--guidance", type=float, default=3.0, help="as in params.yaml")
+    parser.add_argument("--guidance", type=float, default=2.5, help="as in params.yaml")
     args = parser.parse_args()
     scenes = unseen_scenes()
     pipeline = StableDiffusionPipeline.from_pretrained(HERE / "tiny-sd", torch_dtype=torch.float32)

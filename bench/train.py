@@ -75,7 +75,7 @@ def setting() -> tuple[LocalModel, torch.nn.Module, Batches, list[torch.nn.Param
     params = load_params(ROOT / "params.yaml")
     model = LocalModel(ROOT / params.model.base, None, None)
     denoiser = family("sd").load_denoiser(model, torch.float32)
-    parameters = lora.inject(denoiser, lora.LoraSpec(**params.lora.model_dump(exclude={"init_from"})), 0)
+    parameters = lora.inject(denoiser, lora.LoraSpec(**params.lora.model_dump(exclude={"init_from", "text_encoder"})), 0)
     batches = Batches(Encodings(ROOT / "build" / "encoded"), params.train.batch_size, 0, params.train.caption_dropout)
     return model, denoiser.train(), batches, parameters
 

@@ -19,6 +19,7 @@ class Batch:
     """What one (micro-)batch trains on. All on the CPU, float32 but for `text` in its stored type."""
 
     ids: tuple[str, ...]
+    captions: tuple[str, ...]  # those that `text` embeds; "" where a caption was dropped
     x_0: Tensor  # (B, C, h, w), a fresh draw from each posterior
     noise: Tensor  # (B, C, h, w)
     u: Tensor  # (B,), uniform on [0, 1), float64: the timestep before the objective maps it
@@ -42,7 +43,6 @@ class Batches:
         self.encodings = encodings
         self.samples = encodings.samples("train")
         self.batch_size, self.seed, self.caption_dropout, self.prior_weight = batch_size, seed, caption_dropout, prior_weight
-        self._empty = encodings.text(encodings.index.empty_text)
         self._shown = [i for i, s in enumerate(self.samples) for _ in range(s.repeats) if not s.regularisation]
         self._prior = [i for i, s in enumerate(self.samples) for _ in range(s.repeats) if s.regularisation]
         self.steps_per_epoch = sum(-(-len(members) // batch_size) for members in self._by_size(self._of_epoch(0)))
@@ -79,12 +79,14 @@ class Batches:
         positions = range(start, start + len(members))
         sides = [self._side(s, step, p) for s, p in zip(members, positions, strict=True)]
         latents = self.encodings.read_many([s.latents[side] for s, side in zip(members, sides, strict=True)])
-        texts = [self._text(s, step, p) for s, p in zip(members, positions, strict=True)]
+        chosen = [self._caption(s, step, p) for s, p in zip(members, positions, strict=True)]
+        texts = [self.encodings.text(key) for _, key in chosen]
         shape = tuple(latents[0]["mean"].shape)
         posterior = _normal(self.seed, Purpose.POSTERIOR, step, positions, shape)
         mean, std = (torch.stack([entry[part].float() for entry in latents]) for part in ("mean", "std"))
         return Batch(
             ids=tuple(s.id for s in members),
+            captions=tuple(caption for caption, _ in chosen),
             x_0=mean + std * posterior,
             noise=_normal(self.seed, Purpose.NOISE, step, positions, shape),
             u=torch.tensor([draw(self.seed, Purpose.TIMESTEP, step, p).random() for p in positions], dtype=torch.float64),
@@ -105,13 +107,14 @@ class Batches:
         pairs = zip(members, sides, strict=True)
         return torch.stack([self.encodings.read(s.masks[side])["mask"] if s.masks else everywhere for s, side in pairs])
 
-    def _text(self, sample: EncodedSample, step: int, position: int) -> Entry:
+    def _caption(self, sample: EncodedSample, step: int, position: int) -> tuple[str, str]:
+        """A caption and its key: one of the variants, or the empty one."""
         if self.caption_dropout and draw(self.seed, Purpose.CAPTION_DROPOUT, step, position).random() < self.caption_dropout:
-            return self._empty
+            return "", self.encodings.index.empty_text
         chosen = 0
         if len(sample.texts) > 1:
             chosen = int(draw(self.seed, Purpose.CAPTION_VARIANT, step, position).integers(len(sample.texts)))
-        return self.encodings.text(sample.texts[chosen])
+        return sample.captions[chosen], sample.texts[chosen]
 
 
 def plan_epoch(groups: Sequence[Sequence[int]], batch_size: int, seed: int, epoch: int) -> list[list[int]]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from pipeline.base_model import base_source
 from pipeline.config import Dataset, load_params
 from pipeline.dataset.prepare import scan_concepts
 from pipeline.edit import set_values
@@ -34,9 +35,7 @@ def check_all(workspace: Workspace) -> bool:
         ("pictures", lambda: _pictures(workspace, params.dataset)),
         (
             "base",
-            lambda: _model(
-                workspace, ModelSource(params.model.base, params.model.revision, params.model.variant), "model.base"
-            ),
+            lambda: _model(workspace, base_source(params.model), "model.base"),
         ),
     ]
     if clip:
@@ -56,6 +55,8 @@ def pin_models(workspace: Workspace) -> list[str]:
     """Write the present revisions of the base and CLIP models into `params.yaml`; returns what changed."""
     params = load_params(workspace.params)
     wanted = [f"model.revision={_revision(workspace, params.model.base, 'model.base')}"]
+    if params.model.vae:
+        wanted.append(f"model.vae_revision={_revision(workspace, params.model.vae, 'model.vae')}")
     if params.validate_.clip_model:
         revision = _revision(workspace, params.validate_.clip_model, "validate.clip_model")
         wanted.append(f"validate.clip_revision={revision}")
@@ -68,6 +69,8 @@ def _revision(workspace: Workspace, base: str, key: str) -> str:
         found = pin_of(folder)
         resolve(ModelSource(base, found), workspace.root, key)  # refuses what is no model
         return found
+    if folder.is_file():
+        return pin_of(folder)
     from huggingface_hub import HfApi
 
     try:

@@ -127,6 +127,9 @@ class Model(Section):
     base: Annotated[str, Field(min_length=1)]
     revision: Revision = None
     variant: Name | None = None
+    config: Annotated[str, Field(min_length=1)] | None = None
+    vae: Annotated[str, Field(min_length=1)] | None = None
+    vae_revision: Revision = None
     prediction: Literal["auto", "epsilon", "v_prediction"] = "auto"
     zero_terminal_snr: bool = False
 
@@ -159,6 +162,7 @@ class Lora(Section):
     dora: bool = False
     init: Literal["default", "gaussian", "pissa"] = "default"
     init_from: Annotated[str, Field(min_length=1)] | None = None
+    text_encoder: bool = False
     rank_pattern: dict[str, Annotated[int, Field(ge=1, le=1024)]] = {}
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
 
@@ -218,6 +222,7 @@ class Train(Section):
     optimiser: Literal["adamw", "adamw8bit", "adafactor", "prodigy", "lion", "schedule-free-adamw"] = "adamw"
     optimiser_args: OptimiserArgs = OptimiserArgs()
     learning_rate: Annotated[float, Field(gt=0, le=10)]
+    text_encoder_learning_rate: Annotated[float, Field(gt=0, le=10)] | None = None
     scale_learning_rate: Literal["none", "linear", "sqrt"] = "none"
     schedule: Literal["constant", "linear", "cosine", "cosine-with-restarts", "polynomial"] = "constant"
     schedule_cycles: Annotated[int, Field(ge=1, le=1000)] | None = None
@@ -239,6 +244,7 @@ class Train(Section):
     caption_dropout: Fraction = 0.0
     prior_weight: Annotated[float, Field(ge=0)] = 1.0
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    quantise_base: Literal["int8", "nf4"] | None = None
     held_out_every: PositiveInt | None = None
     keep: Literal["last", "best"] = "last"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -367,6 +373,10 @@ class Runtime(Section):
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     processes: PositiveInt = 1
+    machines: PositiveInt = 1
+    machine_rank: Annotated[int, Field(ge=0)] = 0
+    main_address: Annotated[str, Field(pattern=r"^[^\s:]+:\d{1,5}$")] | None = None
+    accelerate_config: Annotated[str, Field(min_length=1)] | None = None
     workers: Annotated[int, Field(ge=0, le=64)] = 1
     micro_batch: PositiveInt | None = None
     gradient_checkpointing: bool = False
@@ -376,7 +386,16 @@ class Runtime(Section):
     attention: Literal["auto", "math", "efficient", "flash", "cudnn"] = "auto"
     checkpoint_every: PositiveInt = 100
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    sample_every: PositiveInt | None = None
     max_minutes: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _machines_can_meet(self) -> Runtime:
+        if self.machine_rank >= self.machines:
+            raise ValueError(f"machine_rank {self.machine_rank} must be less than machines {self.machines}: they count from 0")
+        if self.machines > 1 and not self.main_address:
+            raise ValueError(f"machines {self.machines} need main_address, the first one's host:port")
+        return self
 
 
 class Tracking(Section):
@@ -421,6 +440,8 @@ class Params(Section):
                     f"encode.caption_chunks {self.encode.caption_chunks} is for CLIP's 75 tokens; family sd3 reads 255 with its T5: "
                     "set it to 1"
                 )
+        if self.train.text_encoder_learning_rate is not None and not self.lora.text_encoder:
+            raise ValueError("train.text_encoder_learning_rate is set, but lora.text_encoder is false: set one of them")
         if self.lora.method != "lora" and "kohya" not in self.export.formats:
             raise ValueError(f"lora.method {self.lora.method} is exported in the kohya format only: add it to export.formats")
         if self.model.family != "sd3" and self.train.flow_shift is not None:

@@ -17,19 +17,26 @@ Row = dict[str, float]
 
 
 class Curve:
-    """A curve in a file, one JSON line a row; a resumed run cuts what lies at `end` or beyond."""
+    """A curve in a file, one JSON line a row.
 
-    def __init__(self, path: Path, end: int) -> None:
+    Args:
+        rows: what it begins with; the file is cut back to them.
+        path: None: it is kept in memory alone, where another process writes the file.
+    """
+
+    def __init__(self, rows: Sequence[Row], path: Path | None) -> None:
         self.path = path
-        self.rows: list[Row] = [row for row in read_rows(path) if row["step"] < end]
-        write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        self.rows: list[Row] = list(rows)
+        if path:
+            write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def append(self, rows: list[Row]) -> None:
         """Add rows, on disk when this returns."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
-            file.flush()
-            os.fsync(file.fileno())
+        if self.path:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
+                file.flush()
+                os.fsync(file.fileno())
         self.rows += rows
 
     @property

@@ -117,7 +117,14 @@ def encode(
     if missing:
         work(missing)
     _tell_of_long_captions(store, wanted.captions)
-    index = Index(family.name, how.dtype, how.clip_skip, text_key("", reading), tuple(sorted(samples, key=lambda s: s.id)))
+    index = Index(
+        family.name,
+        how.dtype,
+        how.clip_skip,
+        how.caption_chunks,
+        text_key("", reading),
+        tuple(sorted(samples, key=lambda s: s.id)),
+    )
     return index, Counts(len(missing.cuts), len(missing.captions))
 
 

@@ -136,6 +136,7 @@ class Index:
     family: str
     dtype: str
     clip_skip: int
+    caption_chunks: int
     empty_text: str  # key of the empty caption
     samples: tuple[EncodedSample, ...]  # sorted by id: renaming a picture changes nothing
 

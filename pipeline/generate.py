@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from pipeline.base_model import base_source
 from pipeline.config import load_params
 from pipeline.device import pick_device
 from pipeline.errors import UserError
@@ -14,7 +15,7 @@ from pipeline.evaluate.sampling import Sampler, Shot, draw_shots, sampling_chang
 from pipeline.export.adapter_file import load_into, read_metadata
 from pipeline.export.diffusers_format import FILE_NAME
 from pipeline.families import family
-from pipeline.model_source import ModelSource, resolve
+from pipeline.model_source import resolve
 from pipeline.progress import progress
 from pipeline.workspace import DIST, Workspace
 
@@ -41,7 +42,7 @@ def generate(
         read_metadata(path)  # a pickle is refused before the base is loaded
     model, settings = params.model, params.validate_
     device = pick_device(params.runtime.device)
-    kind, base = family(model.family), resolve(ModelSource(model.base, model.revision, model.variant), workspace.root)
+    kind, base = family(model.family), resolve(base_source(model), workspace.root)
     pipeline = kind.load_pipeline(base, device, torch.float32)
     use_scheduler(pipeline, settings.scheduler, sampling_changes(model.prediction, model.zero_terminal_snr))
     if not bare:

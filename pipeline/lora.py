@@ -132,6 +132,48 @@ def load_state(denoiser: nn.Module, weights: dict[str, Tensor]) -> None:
     assert not result.unexpected_keys and not missing, f"adapter does not fit: {result.unexpected_keys} {missing}"
 
 
+def joint_state(denoiser: nn.Module, text: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The denoiser's adapter under its layers' names, and those of text encoders behind `<component>.`."""
+    joint = state(denoiser)
+    for component, module in text.items():
+        joint |= {f"{component}.{name}": tensor for name, tensor in state(module).items()}
+    return joint
+
+
+def load_joint_state(denoiser: nn.Module, text: Mapping[str, nn.Module], weights: Mapping[str, Tensor]) -> None:
+    """Overwrite injected adapters with what `joint_state` gave."""
+    rest = dict(weights)
+    for component, module in text.items():
+        start = f"{component}."
+        load_state(module, {n.removeprefix(start): rest.pop(n) for n in list(rest) if n.startswith(start)})
+    load_state(denoiser, rest)
+
+
+def inject_trained(
+    denoiser: nn.Module,
+    text: Mapping[str, nn.Module],
+    facts: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+) -> list[nn.Module]:
+    """Put a trained adapter into the networks that it was trained for, each on its own device and in evaluation mode.
+
+    Args:
+        text: the text encoders by component, as far as the adapter has a part for them.
+        facts: `lora` and `text_lora`, the specs as `training.json` states them.
+        weights: as `joint_state` names them.
+
+    Returns:
+        Denoiser and text encoders.
+    """
+    networks = [denoiser, *text.values()]
+    for network in networks:
+        device = next(network.parameters()).device
+        inject(network, LoraSpec(**facts["lora" if network is denoiser else "text_lora"]), seed=0)
+        network.to(device).eval()
+    load_joint_state(denoiser, text, weights)
+    return networks
+
+
 def set_scale(denoiser: nn.Module, scale: float) -> None:
     """Weigh the adapter: 0 is the base alone (but for DoRA, whose lengths stay), 1 the adapter as trained."""
     for module in denoiser.modules():

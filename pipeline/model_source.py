@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.files import files_under, hash_file, hash_json
 from pipeline.progress import say
+from pipeline.workspace import Workspace
 
 _CONTENT = (".json", ".txt", ".model", ".safetensors")  # configs, vocabularies, sentencepiece models, weights
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
@@ -21,14 +23,17 @@ _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Which model: a local folder or a Hub id, its pin, and the weights' variant (`fp16`) if any."""
+    """Which model: a local folder, a Hub id or a single file, its pin, and the weights' variant (`fp16`) if any."""
 
     base: str
     revision: str | None = None
     variant: str | None = None
+    family: str = ""  # of a base: what a single file is converted as
+    config: str | None = None  # of a single file: where its configs and tokenizers are
+    vae: ModelSource | None = None  # instead of the base's own
 
     def is_local(self, root: Path) -> bool:
-        return (root / self.base).is_dir()
+        return (root / self.base).exists()
 
 
 @dataclass(frozen=True)
@@ -38,9 +43,13 @@ class LocalModel:
     path: Path
     variant: str | None
     commit: str | None  # the Hub commit, where it came from the Hub
+    vae: LocalModel | None = None  # an `AutoencoderKL` that stands in for the base's own
 
     def fingerprint(self, *components: str) -> str:
         """Identity of the named sub-folders, or of everything: the Hub commit, or sha256 of the files that matter."""
+        if self.vae and "vae" in components:
+            rest = [c for c in components if c != "vae"]
+            return hash_json([self.vae.fingerprint(), self.fingerprint(*rest) if rest else ""])
         if self.commit:
             return hash_json([self.commit, self.variant, sorted(components)])
         roots = [self.path / c for c in components] if components else [self.path]
@@ -49,7 +58,9 @@ class LocalModel:
 
 
 def pin_of(folder: Path) -> str:
-    """The `sha256:…` pin of a local model folder: over the names and bytes of configs, vocabularies and weights."""
+    """The `sha256:…` pin of a local model: over the names and bytes of configs, vocabularies and weights, or over the one file."""
+    if folder.is_file():
+        return "sha256:" + hash_file(folder)
     return "sha256:" + hash_json({p.relative_to(folder).as_posix(): hash_file(p) for p in _content_files(folder)})
 
 
@@ -70,10 +81,12 @@ def resolve(source: ModelSource, root: Path, key: str = "model.base") -> LocalMo
         if os.environ.get("REPROLORA_STRICT", "") not in ("", "0"):
             raise UserError(text)
         say(f"  note: {text}")
-    if source.is_local(root):
+    if source.vae:
+        return replace(resolve(replace(source, vae=None), root, key), vae=resolve(source.vae, root, "model.vae"))
+    if (root / source.base).is_dir():
         return _resolve_local(source, root, key)
-    if (root / source.base).exists():
-        raise UserError(f"{key}: {source.base} is a file; a folder in the diffusers layout is needed")
+    if (root / source.base).is_file():
+        return _resolve_file(source, root, key)
     if not _HUB_ID.match(source.base):
         raise UserError(
             f"{key}: {source.base!r} is no folder here and no Hub id of the form owner/name: "
@@ -89,19 +102,42 @@ def _resolve_local(source: ModelSource, root: Path, key: str) -> LocalModel:
             f"{key}: {source.base} is no model: neither model_index.json (diffusers) nor config.json (transformers) is in it"
         )
     _refuse_pickles(list(folder.rglob("*")), source.base, key)
+    _refuse_unpinned_content(source, folder, key)
+    return LocalModel(folder, source.variant, commit=None)
+
+
+def _resolve_file(source: ModelSource, root: Path, key: str) -> LocalModel:
+    """A single file in the original layout, as the folder that it was converted to."""
+    file = root / source.base
+    if file.suffix != ".safetensors" or not source.family:
+        pickled = file.suffix in _PICKLES
+        why = "a pickle, which can run code when loaded" if pickled else "a file; a folder in the diffusers layout is needed"
+        raise UserError(f"{key}: {source.base} is {why}" + (": a .safetensors file is needed" if pickled else ""))
+    found = _refuse_unpinned_content(source, file, key) or pin_of(file)
+    here = Workspace(root, Path(os.environ.get("DVC_ROOT", root)))
+    folder = here.work / "models" / hash_json([found, source.family, source.config])[:16]
+    if not folder.is_dir():
+        config = source.config and (str(root / source.config) if (root / source.config).is_dir() else source.config)
+        import_module("pipeline.single_file").convert(file, source.family, config, folder)  # by name: it needs torch
+    return LocalModel(folder, None, commit=None)
+
+
+def _refuse_unpinned_content(source: ModelSource, path: Path, key: str) -> str | None:
+    """Hold local files against their pin; returns their hash if it was taken."""
     if source.revision and source.revision.startswith("sha256:"):
-        found = pin_of(folder)
+        found = pin_of(path)
         if found != source.revision:
             raise UserError(
                 f"{key}: the files of {source.base} are not the pinned ones: pinned {source.revision[:19]}…, "
                 f"found {found[:19]}…. Restore the files, or accept them with `python cli.py pin`"
             )
-    elif source.revision:
+        return found
+    if source.revision:
         raise UserError(
-            f"{key}: {source.revision[:12]}… is a Hub commit, but {source.base} is a local folder: "
+            f"{key}: {source.revision[:12]}… is a Hub commit, but {source.base} lies here: "
             "`python cli.py pin` fills in its sha256"
         )
-    return LocalModel(folder, source.variant, commit=None)
+    return None
 
 
 def _resolve_hub(source: ModelSource, key: str) -> LocalModel:

@@ -22,11 +22,12 @@ _FOREIGN = {
 
 
 def build_optimiser(
-    name: str, parameters: Sequence[nn.Parameter], learning_rate: float, weight_decay: float, options: dict[str, Any]
+    name: str, groups: Sequence[Sequence[nn.Parameter]], learning_rate: float, weight_decay: float, options: dict[str, Any]
 ) -> torch.optim.Optimizer:
     """The optimiser that `train.optimiser` names.
 
     Args:
+        groups: parameters that share a learning rate; empty ones are left out.
         name: adamw (Loshchilov & Hutter 2019, arXiv 1711.05101), adamw8bit (its state in 8 bits: Dettmers et al. 2022,
             arXiv 2110.02861), adafactor (Shazeer & Stern 2018, arXiv 1804.04235, torch's own), prodigy (Mishchenko & Defazio
             2023, arXiv 2306.06101), lion (Chen et al. 2023, arXiv 2302.06675) or schedule-free-adamw (Defazio et al. 2024,
@@ -36,6 +37,7 @@ def build_optimiser(
     Raises:
         UserError: the library that has it is not installed.
     """
+    parameters = [{"params": list(group)} for group in groups if group]
     if name == "adamw":
         return adamw(parameters, learning_rate, weight_decay, **options)
     if name == "adafactor":
@@ -53,7 +55,7 @@ def build_optimiser(
 
 
 def adamw(
-    parameters: Sequence[nn.Parameter], learning_rate: float, weight_decay: float, **options: Any
+    parameters: Sequence[nn.Parameter] | Sequence[dict[str, Any]], learning_rate: float, weight_decay: float, **options: Any
 ) -> torch.optim.Optimizer:
     """AdamW with torch's defaults for β and ε where `options` names none; fused: one kernel a step."""
     return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True, **options)

@@ -28,6 +28,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from pipeline.base_model import base_source
 from pipeline.config import Params, load_params
 from pipeline.errors import AlreadyRunning, Interrupted, UserError
 from pipeline.files import hash_file, hash_json, hash_tree
@@ -106,8 +107,7 @@ class Stage:
     snapshot: Snapshot
 
     def source(self) -> ModelSource:
-        model = self.params.model
-        return ModelSource(model.base, model.revision, model.variant)
+        return base_source(self.params.model)
 
     def out(self, path: Path) -> Path:
         """An empty folder that becomes the out `path` when the stage ends well."""
@@ -183,10 +183,15 @@ def snapshot(workspace: Workspace, declaration: Declaration, params: Params) -> 
             raise UserError(f"{dep} is missing: {hint}")
         deps[dep] = hash_tree(path)
     base = {}
-    folders = {"dataset": params.dataset.auto_caption, "model": params.model.base, "validate": params.validate_.clip_model}
-    for section, folder in folders.items():
-        if section in declaration.params and folder and (workspace.root / folder).is_dir():
-            base[section] = pin_of(workspace.root / folder)
+    folders = {
+        "dataset": params.dataset.auto_caption,
+        "model": params.model.base,
+        "model.vae": params.model.vae,
+        "validate": params.validate_.clip_model,
+    }
+    for key, folder in folders.items():
+        if key.partition(".")[0] in declaration.params and folder and (workspace.root / folder).exists():
+            base[key] = pin_of(workspace.root / folder)
     start = params.lora.init_from
     if "lora" in declaration.params and start and (workspace.root / start).is_file():
         base["lora.init_from"] = hash_file(workspace.root / start)

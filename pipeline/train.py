@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,20 @@ from pipeline.average import final_weights, update_average
 from pipeline.batches import Batches
 from pipeline.checkpoint import Checkpoint, best_so_far, latest_checkpoint, save_best, save_checkpoint
 from pipeline.config import Train
-from pipeline.curve import Curve, Row, read_curve
+from pipeline.curve import Curve, Row, read_curve, read_rows
 from pipeline.device import arrange, attention_kernel, out_of_memory, peak_mib
 from pipeline.diffusion import Objective, logit_normal, power, within
 from pipeline.errors import UserError
 from pipeline.evaluate.losses import Questions, mean_loss, spread
 from pipeline.families.base import Family
+from pipeline.live_text import LiveText
 from pipeline.losses import Huber, Loss, sample_losses
 from pipeline.noise import NoiseShape
 from pipeline.optim import build_optimiser, learning_rate_at, scaled_learning_rate
 from pipeline.progress import progress, say
 from pipeline.randomness import torch_seed
 from pipeline.safetensors_file import read_safetensors
+from pipeline.team import ALONE, Team
 
 __all__ = ["Hardware", "read_curve", "train"]
 
@@ -43,13 +46,14 @@ class Hardware:
     """How the machine is used; nothing here changes what is computed, but for rounding and the order of float sums."""
 
     device: torch.device
-    micro_batch: int | None  # samples per forward pass; None: the whole batch
+    micro_batch: int | None  # samples per forward pass; None: the whole share of a batch
     checkpoint_every: int  # steps
     keep_checkpoints: int
     gradient_checkpointing: bool = False
     compile: bool = False
     channels_last: bool = False
     attention: str = "auto"
+    preview_every: int | None = None  # steps
 
 
 def train(
@@ -63,6 +67,9 @@ def train(
     stop: Callable[[], bool],
     check_stop: Callable[[str], None],
     observe: Observer,
+    live: LiveText | None = None,
+    team: Team = ALONE,
+    preview: Callable[[int], None] = lambda step: None,
 ) -> dict[str, Tensor]:
     """Train the adapter that is injected in `denoiser`, going on from the newest checkpoint in `work`.
 
@@ -73,9 +80,13 @@ def train(
         stop: asked between steps; when true a checkpoint is saved and `check_stop` raises.
         check_stop: raises `Interrupted`, given what was saved.
         observe: told of every few steps' losses and rates, and of held-out losses.
+        live: text encoders that learn too, on the device; None: the stored embeddings are read.
+        team: this process's place among those that train together.
+        preview: draws pictures with the adapter as it is, in the first process, every `hardware.preview_every` steps.
 
     Returns:
-        The adapter's weights, float32, on the CPU: the last, averaged if asked for, or those of the best held-out loss.
+        The adapter's weights as `lora.joint_state` names them, float32, on the CPU: the last, averaged if asked for, or those
+        of the best held-out loss.
 
     Raises:
         UserError: the loss or the gradient is not finite, or memory does not do; the checkpoints so far stay.
@@ -86,18 +97,33 @@ def train(
         raise UserError(f"train.mixed_precision: fp16 needs CUDA, and the device is {hardware.device.type}: use bf16 or no")
     steps = settings.length(batches.steps_per_epoch)
     rates = _learning_rates(settings, steps)
-    parameters = lora.trainable_parameters(denoiser)
+    text_modules = live.modules if live else {}
+    text_share = (settings.text_encoder_learning_rate or settings.learning_rate) / settings.learning_rate
+    groups = [lora.trainable_parameters(denoiser), [p for m in text_modules.values() for p in lora.trainable_parameters(m)]]
+    parameters = [p for group in groups for p in group]
     optimiser = build_optimiser(
-        settings.optimiser, parameters, _peak(settings), settings.weight_decay, settings.optimiser_args.given()
+        settings.optimiser, groups, _peak(settings), settings.weight_decay, settings.optimiser_args.given()
     )
     accelerator = Accelerator(cpu=hardware.device.type == "cpu", mixed_precision=settings.mixed_precision)
     arrange(denoiser, hardware.gradient_checkpointing, hardware.compile, hardware.channels_last)
-    model, optimiser = accelerator.prepare(denoiser.train(), optimiser)
+    # evaluation_mode: no DDP around it, the team adds the gradients up
+    model = accelerator.prepare_model(denoiser, evaluation_mode=True)
+    networks = [model, *text_modules.values()]
+    optimiser = accelerator.prepare_optimizer(optimiser)
     average = [p.detach().clone() for p in parameters] if settings.ema_decay else None
-    first = _resume(work, denoiser, optimiser, average, accelerator.scaler)
-    curve, held_out = Curve(work / "curve.jsonl", first), Curve(work / "held_out.jsonl", first + 1)
+    checkpoint = team.from_first(latest_checkpoint(work / "checkpoints") if team.rank == 0 else None)
+    first = checkpoint.step if checkpoint else 0
+    if checkpoint:
+        _restore(checkpoint, denoiser, text_modules, optimiser, average, accelerator.scaler)
+        if team.rank == 0:
+            say(f"  going on from the checkpoint at step {first}")
+    curve, held_out = (_curve(work / name, end, team) for name, end in (("curve.jsonl", first), ("held_out.jsonl", first + 1)))
     questions = _questions(batches, settings, steps)
+    best = team.from_first(best_so_far(work / "best.safetensors"))
     pending: list[tuple[int, Tensor, Tensor]] = []  # (step, loss, gradient norm), still on the device
+
+    def weights() -> dict[str, Tensor]:
+        return {k: v.detach().cpu().clone() for k, v in lora.joint_state(denoiser, text_modules).items()}
 
     def settle() -> None:
         rows = _read(pending, batches, settings, rates, accelerator.scaler)
@@ -107,10 +133,12 @@ def train(
 
     def save(step: int) -> None:
         settle()  # raises if a loss was not finite: a checkpoint is always a good one
+        if not team.leads:
+            return
         state = optimiser.state_dict()
         checkpoint = Checkpoint(
             step,
-            _weights(denoiser),
+            weights(),
             state["state"],
             tuple(map(_learned, state["param_groups"])),
             None if average is None else {str(i): mean for i, mean in enumerate(average)},
@@ -119,41 +147,57 @@ def train(
         save_checkpoint(work / "checkpoints", checkpoint, hardware.keep_checkpoints)
 
     def measure(step: int) -> None:
+        nonlocal best
         assert questions is not None
         settle()
-        with final_weights(parameters, average, optimiser), progress("", 0, "") as silent:
+        with _evaluating(networks), final_weights(parameters, average, optimiser), progress("", 0, "") as silent:
             size = hardware.micro_batch or settings.batch_size
+            encode = live.encode if live else None
             value = mean_loss(
-                model.eval(), family, objective, batches.encodings, questions, size, accelerator.device, lambda: None, silent
+                model,
+                family,
+                objective,
+                batches.encodings,
+                questions,
+                size,
+                accelerator.device,
+                lambda: None,
+                silent,
+                encode,
             )
-            model.train()
-            best = best_so_far(work / "best.safetensors")
             if settings.keep == "best" and step and (best is None or value < best[1]):
-                save_best(work / "best.safetensors", _weights(denoiser), step, value)
+                best = (step, value)
+                if team.leads:
+                    save_best(work / "best.safetensors", weights(), step, value)
         held_out.append([{"step": step, "held_out_loss": value}])
         observe(held_out.rows[-1:])
 
+    for network in networks:
+        network.train()
     try:
-        with progress("training", steps, "steps", done=first) as bar, attention_kernel(hardware.attention):
+        with (
+            progress("training", steps if team.rank == 0 else 0, "steps", done=first) as bar,
+            attention_kernel(hardware.attention),
+        ):
             if questions and not held_out.rows:
                 measure(first)  # the base: what all later ones are to be held against
             for step in range(first, steps):
-                if stop():
+                if team.any(stop()):
                     save(step)
                     check_stop(f"step {step} of {steps} is saved")
                 torch.manual_seed(torch_seed(settings.seed, step + 1))  # what LoRA dropout draws from
-                for group in optimiser.param_groups:
-                    group["lr"] = rates(step)
+                for group, share in zip(optimiser.param_groups, (1.0, text_share), strict=False):
+                    group["lr"] = rates(step) * share
                 members = batches.members(step)
-                micro = hardware.micro_batch or len(members)
                 loss = torch.zeros((), device=accelerator.device)
-                for start in range(0, len(members), micro):
-                    part = _loss_sum(
-                        model, family, objective, batches, settings, step, start, start + micro, accelerator.device
-                    )
+                begin, end = team.share(len(members))
+                for start in range(begin, end, hardware.micro_batch or max(1, end - begin)):
+                    last = min(end, start + (hardware.micro_batch or end))
+                    part = _loss_sum(model, family, objective, batches, settings, step, start, last, accelerator.device, live)
                     part = part / len(members)
                     accelerator.backward(part)
                     loss += part.detach()
+                team.add_up(parameters, loss)
                 norm = accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
                 optimiser.step()
                 optimiser.zero_grad()
@@ -166,14 +210,17 @@ def train(
                     save(step + 1)
                 elif len(pending) == _READ_EVERY:
                     settle()
+                if hardware.preview_every and (step + 1) % hardware.preview_every == 0 and team.rank == 0:
+                    with _evaluating(networks), final_weights(parameters, average, optimiser):
+                        preview(step + 1)
                 bar.advance(note=f"loss {curve.smoothed:.4f}, {peak_mib():.0f} MiB" if curve.rows else "")
     except torch.OutOfMemoryError as error:
         count = sum(p.numel() for p in parameters)
         raise out_of_memory(denoiser, count, hardware.micro_batch or settings.batch_size, error) from error
-    if settings.keep == "best":
+    if settings.keep == "best" and team.leads:
         return read_safetensors(work / "best.safetensors")
     with final_weights(parameters, average, optimiser):
-        return _weights(denoiser)
+        return weights()
 
 
 def _loss_sum(
@@ -186,6 +233,7 @@ def _loss_sum(
     start: int,
     stop: int,
     device: torch.device,
+    live: LiveText | None,
 ) -> Tensor:
     """The summed loss of positions [start, stop) of a step's batch: a scalar with gradients."""
     batch = batches.batch(step, start, stop)
@@ -194,7 +242,7 @@ def _loss_sum(
     input_noise = shape.input_noise(noise, settings.seed, step, start).to(device)
     x_0, noise = batch.x_0.to(device), noise.to(device)
     t = objective.timesteps(_placed(batch.u, settings)).to(device)
-    text = {part: values.to(device) for part, values in batch.text.items()}
+    text = live.encode(batch.captions) if live else {part: values.to(device) for part, values in batch.text.items()}
     x_t = objective.noised(x_0, input_noise, t)
     dtype = next(model.parameters()).dtype
     predicted = family.predict(
@@ -251,22 +299,21 @@ def _questions(batches: Batches, settings: Train, steps: int) -> Questions | Non
     return Questions(samples, _HELD_OUT_TIMESTEPS)
 
 
-def _weights(denoiser: nn.Module) -> dict[str, Tensor]:
-    """A copy of the adapter as it stands, on the CPU."""
-    return {k: v.detach().cpu().clone() for k, v in lora.state(denoiser).items()}
-
-
 def _learned(group: dict[str, Any]) -> dict[str, Any]:
     """What a parameter group holds besides parameters; without infinite bounds, which are settings and stand there anyway."""
     return {k: v for k, v in group.items() if k != "params" and not (isinstance(v, float) and math.isinf(v))}
 
 
-def _resume(work: Path, denoiser: nn.Module, optimiser: Any, average: list[Tensor] | None, scaler: Any) -> int:
-    """Load the newest checkpoint; returns the number of steps done."""
-    checkpoint = latest_checkpoint(work / "checkpoints")
-    if checkpoint is None:
-        return 0
-    lora.load_state(denoiser, checkpoint.adapter)
+def _restore(
+    checkpoint: Checkpoint,
+    denoiser: nn.Module,
+    text_modules: Mapping[str, nn.Module],
+    optimiser: Any,
+    average: list[Tensor] | None,
+    scaler: Any,
+) -> None:
+    """Put back all that a checkpoint holds."""
+    lora.load_joint_state(denoiser, text_modules, checkpoint.adapter)
     groups = [
         # JSON has made lists of pairs; settings are the settings', what the optimiser learned is the checkpoint's
         {**group, **{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}}
@@ -278,8 +325,22 @@ def _resume(work: Path, denoiser: nn.Module, optimiser: Any, average: list[Tenso
         mean.copy_(checkpoint.average[str(i)])
     if scaler is not None:
         scaler.load_state_dict(checkpoint.scaler)
-    say(f"  going on from the checkpoint at step {checkpoint.step}")
-    return checkpoint.step
+
+
+@contextmanager
+def _evaluating(networks: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside the block nothing is dropped out."""
+    for network in networks:
+        network.eval()
+    yield
+    for network in networks:
+        network.train()
+
+
+def _curve(path: Path, end: int, team: Team) -> Curve:
+    """The rows before `end`, as the first process has them on disk."""
+    rows = team.from_first([row for row in read_rows(path) if row["step"] < end] if team.rank == 0 else None)
+    return Curve(rows, path if team.leads else None)
 
 
 def _read(

@@ -53,7 +53,7 @@ def main(stage: Stage) -> None:
 
     pipeline = kind.load_pipeline(model, pick_device(params.runtime.device), torch.float32)
     use_scheduler(pipeline, "base" if kind.objective(model).prediction == "flow" else "ddim")
-    components = [kind.denoiser_key]
+    components = [kind.denoiser_key, *training["text_components"]]
     probe = Probe(validation["settings"]["prompts"][0], validation["width"], validation["height"])
     _inject(pipeline, kind, training, root)
     trained = observe(pipeline, components, probe)
@@ -87,10 +87,9 @@ def main(stage: Stage) -> None:
 
 def _inject(pipeline: Any, kind: Family, training: dict[str, Any], root: Path) -> None:
     """Put the trained adapter into the pipeline, as validate does."""
-    denoiser = getattr(pipeline, kind.denoiser_key)
-    lora.inject(denoiser, lora.LoraSpec(**training["lora"]), seed=0)
-    lora.load_state(denoiser, read_safetensors(root / ADAPTER / "adapter.safetensors"))
-    denoiser.to(pipeline.device).eval()
+    text = {name: getattr(pipeline, name) for name in training["text_components"]}
+    weights = read_safetensors(root / ADAPTER / "adapter.safetensors")
+    lora.inject_trained(getattr(pipeline, kind.denoiser_key), text, training, weights)
 
 
 def _write(
@@ -213,6 +212,7 @@ def _card(
         "guidance_scale": asked["guidance_scale"],
         "loss_timesteps": asked["loss_timesteps"],
         "trainable_parameters": f"{training['trainable_parameters']:,}",
+        "text_components": training["text_components"],
         "clip_skip": _read(root / ENCODED / "index.json")["clip_skip"],
         "settings": {**training["params"]["train"], "steps": training["steps"]},
         "all_settings": {

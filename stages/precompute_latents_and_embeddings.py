@@ -10,7 +10,7 @@ from pipeline.encoders import encode_masks, encode_todo
 from pipeline.encodings import ContentStore, write_encoded
 from pipeline.families import family
 from pipeline.files import write_json
-from pipeline.launch import launch
+from pipeline.launch import Processes, launch
 from pipeline.model_source import resolve
 from pipeline.progress import say
 from pipeline.seed import seed_store
@@ -34,7 +34,7 @@ def main(stage: Stage) -> None:
         encode_masks(todo.masks, manifest, root, store, kind.stride)  # light work: no model has a part in it
         job = stage.work / "job.json"
         write_job(job, todo, root / DATASET, root, store.folder, model, kind.name, how)
-        launch("pipeline.encode_worker", [str(job)], runtime.processes, check_stop)
+        launch("pipeline.encode_worker", [str(job)], Processes(runtime.processes), check_stop)
         store.look_again()
 
     index, counts = encode(manifest, kind, model, store, how, work, lambda: seed_store(store, stage.workspace))

@@ -20,6 +20,7 @@ from pipeline.evaluate.losses import Questions, mean_loss, spread
 from pipeline.evaluate.sampling import Sampler, Shot, decode_latents, draw_shots, sampling_changes, use_scheduler
 from pipeline.families import family
 from pipeline.files import hash_file, write_json
+from pipeline.live_text import LiveText
 from pipeline.model_source import ModelSource, resolve
 from pipeline.pictures import labelled_grid
 from pipeline.progress import progress, say
@@ -62,7 +63,7 @@ def main(stage: Stage) -> None:
     def draw(scale: float) -> None:
         draw_shots(pipeline, _shots(settings, scale), sampler, settings.batch_size, samples, stage.stop.check, bar)
 
-    def measure(prefix: str) -> None:
+    def measure(prefix: str, live: LiveText | None = None) -> None:
         for split, chosen in sides.items():
             if chosen:
                 losses[f"{prefix}{split.replace('-', '_')}_loss"] = mean_loss(
@@ -75,6 +76,7 @@ def main(stage: Stage) -> None:
                     device,
                     stage.stop.check,
                     bar,
+                    live.encode if live else None,
                 )
 
     pictures = len(settings.prompts) * len(settings.seeds) * (1 + len(settings.scales))
@@ -82,12 +84,14 @@ def main(stage: Stage) -> None:
     with progress("sampling and measuring", pictures + forwards, "items") as bar:
         measure("base_")
         draw(0.0)  # before the adapter is injected: the untouched base
-        lora.inject(denoiser, lora.LoraSpec(**training["lora"]), seed=0)
-        lora.load_state(denoiser, weights)
-        denoiser.to(device).eval()
-        measure("")
+        text = {name: getattr(pipeline, name) for name in training["text_components"]}
+        networks = lora.inject_trained(denoiser, text, training, weights)
+        encoders, index = kind.text_encoders_of(pipeline), encodings.index
+        live = LiveText(kind, encoders, text, index.caption_chunks, index.clip_skip) if text else None
+        measure("", live)
         for scale in settings.scales:
-            lora.set_scale(denoiser, scale)
+            for network in networks:
+                lora.set_scale(network, scale)
             draw(scale)
 
     metrics = dict(losses)

@@ -30,9 +30,15 @@ def finish(project: Project, **export: Any) -> Project:
     root, params = project.root, load_params(project.path("params.yaml"))
     kind = family(params.model.family)
     denoiser = kind.load_denoiser(LocalModel(root / "base", None, None), torch.float32)
-    lora.inject(denoiser, lora.LoraSpec(**params.lora.model_dump(exclude={"init_from"})), 0)
+    lora.inject(denoiser, lora.LoraSpec(**params.lora.model_dump(exclude={"init_from", "text_encoder"})), 0)
+    modules = kind.text_modules(kind.load_text_encoders(LocalModel(root / "base", None, None), torch.device("cpu")))
+    text = modules if params.lora.text_encoder else {}
+    spec = params.lora.model_dump(mode="json", exclude={"init_from", "text_encoder"})
+    text_spec = {**spec, "targets": ["q_proj", "k_proj", "v_proj", "out_proj"]}
+    for module in text.values():
+        lora.inject(module, lora.LoraSpec(**text_spec), 0)
     torch.manual_seed(3)
-    weights = {name: torch.randn_like(t) * 0.3 for name, t in lora.state(denoiser).items()}
+    weights = {name: torch.randn_like(t) * 0.3 for name, t in lora.joint_state(denoiser, text).items()}
     write_safetensors(root / "build/adapter/adapter.safetensors", weights)
     write_json(
         root / "build/adapter/training.json",
@@ -42,7 +48,9 @@ def finish(project: Project, **export: Any) -> Project:
             "denoiser_key": kind.denoiser_key,
             "trainable_parameters": sum(t.numel() for t in weights.values()),
             "steps": params.train.steps,
-            "lora": params.lora.model_dump(mode="json", exclude={"init_from"}),
+            "lora": spec,
+            "text_lora": text_spec if text else None,
+            "text_components": sorted(text),
             "params": {section: params.section(section) for section in ("model", "lora", "train")},
         },
     )

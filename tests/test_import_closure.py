@@ -27,8 +27,12 @@ COMMANDS = (
 STAGES = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
 
 
-# Imported only where captions are missing and a model is to write them; it changes the result all the same.
-ON_REQUEST = {"prepare-dataset": {f"pipeline/{name}.py" for name in ("auto_caption", "device", "quiet")}}
+# Imported only where captions are missing and a model is to write them, or where the base is a single file; they change the
+# result all the same.
+ON_REQUEST = {
+    "prepare-dataset": {f"pipeline/{name}.py" for name in ("auto_caption", "device", "quiet")},
+    **dict.fromkeys(list(STAGES)[1:], {"pipeline/single_file.py"}),
+}
 
 
 def imported(project: Project, stage: str) -> set[str]:

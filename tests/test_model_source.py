@@ -54,7 +54,7 @@ def test_what_is_no_model_is_refused_in_words(base: Path) -> None:
     assert "is a file" in refusal(root, "file.safetensors")
     assert "is no folder here and no Hub id" in refusal(root, "no/such/folder")
     assert "is no folder here and no Hub id" in refusal(root, "nothing")
-    assert "is a Hub commit, but base is a local folder" in refusal(root, "base", "a" * 40)
+    assert "is a Hub commit, but base lies here" in refusal(root, "base", "a" * 40)
     assert "a sha256 pin belongs to a local folder" in refusal(root, "owner/name", "sha256:" + "a" * 64)
 
 

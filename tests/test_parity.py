@@ -87,7 +87,7 @@ def test_loss_and_gradients_equal_the_formulas(case: tuple[str, Path, Encodings]
         p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.1
     batches = Double(encodings, 4, seed=3)
     settings = Train(steps=1, batch_size=4, learning_rate=1e-3)
-    loss = _loss_sum(denoiser, kind, kind.objective(model), batches, settings, 0, 0, 4, CPU) / 4
+    loss = _loss_sum(denoiser, kind, kind.objective(model), batches, settings, 0, 0, 4, CPU, None) / 4
     loss.backward()
     mine = {k: p.grad for (k, v), p in zip(lora.state(denoiser).items(), parameters, strict=True) if torch.equal(v, p)}
     expected, gradients = reference(name, folder, batches.batch(0, 0, 4), lora.state(denoiser))

@@ -112,7 +112,7 @@ def _names_in_module_order(bench: Bench) -> list[str]:
 def test_a_missing_library_is_named_with_its_extra(name: str, library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(UserError, match=rf"train.optimiser: {name} needs .*pip install 'reprolora\[(optimisers|8bit)\]'"):
-        build_optimiser(name, [torch.nn.Parameter(torch.zeros(2))], 1e-3, 0.0, {})
+        build_optimiser(name, [[torch.nn.Parameter(torch.zeros(2))]], 1e-3, 0.0, {})
 
 
 # --- held-out loss

@@ -38,11 +38,15 @@ def mean_loss(
     device: torch.device,
     check_stop: Callable[[], None],
     bar: Bar,
+    encode: Callable[[Sequence[str]], dict[str, Tensor]] | None = None,
 ) -> float:
     """Mean squared error of the prediction, over samples × stratified timesteps.
 
     Noise is drawn for (sample's content, timestep), so that a sample's noise does not depend on which others are measured.
     The posterior's mean stands for x_0. The sum is taken in float64.
+
+    Args:
+        encode: captions -> embeddings, where text encoders carry an adapter; by default the stored embeddings are read.
     """
     u = stratified(questions.timesteps)
     pairs = sorted(
@@ -56,9 +60,13 @@ def mean_loss(
             x_0 = torch.stack([encodings.read(s.latents[0])["mean"].float() for s, _ in group]).to(device)
             noise = torch.stack([_noise(s, i, tuple(x_0.shape[1:])) for s, i in group]).to(device)
             t = objective.timesteps(torch.stack([u[i] for _, i in group])).to(device)
-            texts = [encodings.text(s.texts[0]) for s, _ in group]
             dtype = next(denoiser.parameters()).dtype
-            text = {part: torch.stack([entry[part] for entry in texts]).to(device, dtype) for part in texts[0]}
+            if encode:
+                text = encode([s.captions[0] for s, _ in group])
+            else:
+                texts = [encodings.text(s.texts[0]) for s, _ in group]
+                text = {part: torch.stack([entry[part] for entry in texts]) for part in texts[0]}
+            text = {part: values.to(device, dtype) for part, values in text.items()}
             geometry = torch.stack([encodings.read(s.latents[0])["geometry"] for s, _ in group]).to(device)
             predicted = family.predict(denoiser, objective.noised(x_0, noise, t).to(dtype), t, text, geometry)
             total += mse_per_sample(predicted, objective.target(x_0, noise, t)).cpu().double().sum().item()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -104,17 +105,32 @@ def _draw(pipeline: Any, shots: Sequence[Shot], sampler: Sampler) -> list[Image.
     # the noise comes from the CPU: the same on every device
     generators = [torch.Generator("cpu").manual_seed(shot.seed) for shot in shots]
     guided = sampler.guidance_scale > 1
-    images: list[Image.Image] = pipeline(
-        prompt=[shot.prompt for shot in shots],
-        negative_prompt=[sampler.negative_prompt] * len(shots) if guided else None,
-        num_inference_steps=sampler.steps,
-        guidance_scale=sampler.guidance_scale,
-        width=sampler.width,
-        height=sampler.height,
-        clip_skip=sampler.clip_skip or None,
-        generator=generators,
-    ).images
+    with _clip_skip_can_be(pipeline.text_encoder):
+        images: list[Image.Image] = pipeline(
+            prompt=[shot.prompt for shot in shots],
+            negative_prompt=[sampler.negative_prompt] * len(shots) if guided else None,
+            num_inference_steps=sampler.steps,
+            guidance_scale=sampler.guidance_scale,
+            width=sampler.width,
+            height=sampler.height,
+            clip_skip=sampler.clip_skip or None,
+            generator=generators,
+        ).images
     return images
+
+
+@contextmanager
+def _clip_skip_can_be(encoder: Any) -> Iterator[None]:
+    """Give the encoder, inside the block, the name `text_model` for itself, which diffusers 0.42 looks for under clip_skip and
+    transformers 5 dropped. Not for longer: diffusers' adapter loader goes by its absence."""
+    if hasattr(encoder, "text_model"):
+        yield
+        return
+    object.__setattr__(encoder, "text_model", encoder)  # past torch's registration, or the module would contain itself
+    try:
+        yield
+    finally:
+        object.__delattr__(encoder, "text_model")
 
 
 def _metadata(shot: Shot, sampler: Sampler) -> PngInfo:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pipeline.base_model import base_source
 from pipeline.config import Params
 from pipeline.errors import UserError
 from pipeline.files import hash_file, hash_json
@@ -77,7 +78,7 @@ def stated_lineage(metadata: dict[str, str]) -> dict[str, str]:
 
 def present_link(workspace: Workspace, params: Params, link: str) -> str | None:
     """One link as the project's files tell it now; None where they do not."""
-    source = ModelSource(params.model.base, None, params.model.variant)
+    source = base_source(params.model)
     try:
         if link == "dataset":
             return manifest_hash(workspace)

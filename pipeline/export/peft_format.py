@@ -115,7 +115,7 @@ def strip(module: Any) -> None:
 
 def module_path(module: nn.Module, name: str) -> str:
     """A layer's path in this module. transformers 5 dropped `text_model.` from one of its CLIP classes; files keep it."""
-    if name.startswith("text_model.") and not hasattr(module, "text_model"):
+    if name.startswith("text_model.") and "text_model" not in dict(module.named_children()):
         return name.removeprefix("text_model.")
     return name
 

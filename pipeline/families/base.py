@@ -55,6 +55,7 @@ class Family(Protocol):
     pipeline_class: str  # diffusers' class, for a model card
     kohya: KohyaNames | None  # None: those files are no renaming of diffusers' layers, and are not written
     lora_targets: Mapping[str, tuple[str, ...]]  # what `attention`, `feed-forward` and `conv` of lora.targets stand for
+    text_components: tuple[str, ...]  # the text encoders, by their names in diffusers' pipelines, that can carry an adapter
 
     def load_vae(self, model: LocalModel, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """The image encoder, in evaluation mode."""
@@ -75,6 +76,12 @@ class Family(Protocol):
             clip_skip: layers left out at the encoder's end, in diffusers' count; 0 is the family's own choice.
         """
 
+    def text_encoders_of(self, pipeline: Any) -> Any:
+        """A pipeline's own tokenizers and text encoders, as `encode_captions` takes them."""
+
+    def text_modules(self, encoders: Any) -> dict[str, nn.Module]:
+        """The encoders of `text_components`, by name."""
+
     def token_counts(self, encoders: Any, captions: Sequence[str], chunks: int) -> tuple[list[int], int]:
         """Tokens of each caption without its marks, untruncated, and the most that is read."""
 
@@ -88,8 +95,10 @@ class Family(Protocol):
         """The denoiser's output for x_t (B, C, h, w), t (B,), named embeddings (B, …) and geometry (B, 6) in float32:
         original height and width, crop top and left, target height and width, in pixels."""
 
-    def load_pipeline(self, model: LocalModel, device: torch.device, dtype: torch.dtype) -> Any:
-        """The whole base as a diffusers pipeline, for sampling."""
+    def load_pipeline(
+        self, model: LocalModel, device: torch.device, dtype: torch.dtype, denoiser: nn.Module | None = None
+    ) -> Any:
+        """The whole base as a diffusers pipeline, for sampling; around a denoiser that is loaded already, if given."""
 
     def base_version(self, model: LocalModel) -> BaseVersion:
         """What other programs call this base, from its configs."""

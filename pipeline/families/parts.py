@@ -32,13 +32,24 @@ class ClipEncoder:
 
 
 def load_vae(model: LocalModel, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The base's `AutoencoderKL`, frozen."""
+    """The base's `AutoencoderKL`, or the one that was put in its place, frozen."""
     quiet_libraries()
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    vae = AutoencoderKL.from_pretrained(model.path, subfolder="vae", variant=model.variant, dtype=dtype, use_safetensors=True)
+    source, folder = (model, "vae") if model.vae is None else (model.vae, None)
+    vae = AutoencoderKL.from_pretrained(
+        source.path, subfolder=folder, variant=source.variant, dtype=dtype, use_safetensors=True, local_files_only=True
+    )
     frozen: nn.Module = vae.requires_grad_(False).eval().to(device)
     return frozen
+
+
+def given_parts(
+    model: LocalModel, device: torch.device, dtype: torch.dtype, loaded: dict[str, nn.Module | None]
+) -> dict[str, nn.Module]:
+    """What a pipeline is to take instead of the base's own: a VAE of the user's, and what is loaded already."""
+    parts = {name: module for name, module in loaded.items() if module is not None}
+    return parts if model.vae is None else {**parts, "vae": load_vae(model, device, dtype)}
 
 
 def encode_with_vae(vae: Any, pixels: Tensor) -> Posterior:
@@ -71,6 +82,14 @@ def load_clip(model: LocalModel, device: torch.device, tokenizer: str, encoder: 
     return ClipEncoder(
         CLIPTokenizer.from_pretrained(model.path / tokenizer, local_files_only=True),
         weights.requires_grad_(False).eval().to(device),
+    )
+
+
+def clips_of(pipeline: Any) -> tuple[ClipEncoder, ClipEncoder]:
+    """Both CLIP text encoders of a pipeline."""
+    return (
+        ClipEncoder(pipeline.tokenizer, pipeline.text_encoder),
+        ClipEncoder(pipeline.tokenizer_2, pipeline.text_encoder_2),
     )
 
 

@@ -17,6 +17,7 @@ from pipeline.families.parts import (
     count_tokens,
     ddpm_of,
     encode_with_vae,
+    given_parts,
     join_chunks,
     load_clip,
     load_unet,
@@ -39,6 +40,7 @@ class StableDiffusion:
     pipeline_class = "StableDiffusionPipeline"
     kohya = KohyaNames({"unet": "lora_unet", "text_encoder": "lora_te"}, original_blocks=False)
     lora_targets = UNET_TARGETS
+    text_components: tuple[str, ...] = ("text_encoder",)
 
     def load_vae(self, model: LocalModel, device: torch.device, dtype: torch.dtype) -> nn.Module:
         return load_vae(model, device, dtype)
@@ -59,6 +61,12 @@ class StableDiffusion:
         states = encoder(tokens, output_hidden_states=True).hidden_states[-(clip_skip + 1)]
         return {"hidden": join_chunks(encoder.final_layer_norm(states), chunks)}
 
+    def text_encoders_of(self, pipeline: Any) -> ClipEncoder:
+        return ClipEncoder(pipeline.tokenizer, pipeline.text_encoder)
+
+    def text_modules(self, encoders: ClipEncoder) -> dict[str, nn.Module]:
+        return {"text_encoder": encoders.encoder}
+
     def token_counts(self, encoders: ClipEncoder, captions: Sequence[str], chunks: int) -> tuple[list[int], int]:
         return count_tokens(encoders, captions, chunks)
 
@@ -72,7 +80,9 @@ class StableDiffusion:
         predicted: Tensor = denoiser(x_t, t, encoder_hidden_states=text["hidden"]).sample
         return predicted
 
-    def load_pipeline(self, model: LocalModel, device: torch.device, dtype: torch.dtype) -> Any:
+    def load_pipeline(
+        self, model: LocalModel, device: torch.device, dtype: torch.dtype, denoiser: nn.Module | None = None
+    ) -> Any:
         quiet_libraries()
         from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
@@ -85,10 +95,8 @@ class StableDiffusion:
             feature_extractor=None,
             requires_safety_checker=False,
             local_files_only=True,
+            **given_parts(model, device, dtype, {self.denoiser_key: denoiser}),
         )
-        # transformers 5 has no `text_model` in this class any more, and diffusers 0.42 looks for it under clip_skip; set past
-        # torch's registration, or the module would contain itself
-        object.__setattr__(pipeline.text_encoder, "text_model", pipeline.text_encoder)
         return pipeline.to(device)
 
     def base_version(self, model: LocalModel) -> BaseVersion:

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from pipeline.diffusion import Flow, Objective
 from pipeline.errors import UserError
 from pipeline.families.base import BaseVersion, Posterior
-from pipeline.families.parts import ClipEncoder, encode_with_vae, load_clip, load_vae, tokenise
+from pipeline.families.parts import ClipEncoder, clips_of, encode_with_vae, given_parts, load_clip, load_vae, tokenise
 from pipeline.model_source import LocalModel
 from pipeline.quiet import quiet_libraries
 
@@ -51,6 +51,7 @@ class StableDiffusion3:
     pipeline_class = "StableDiffusion3Pipeline"
     kohya = None  # their files join the projections of query, key and value in one layer: no renaming
     lora_targets = _TARGETS
+    text_components: tuple[str, ...] = ("text_encoder", "text_encoder_2")  # T5 stays as it is
 
     def load_vae(self, model: LocalModel, device: torch.device, dtype: torch.dtype) -> nn.Module:
         return load_vae(model, device, dtype)
@@ -98,6 +99,12 @@ class StableDiffusion3:
         hidden = torch.cat([pad(clip, (0, t5.shape[-1] - clip.shape[-1])), t5], dim=-2)
         return {"hidden": hidden, "pooled": torch.cat([output.text_embeds for output in outputs], dim=-1)}
 
+    def text_encoders_of(self, pipeline: Any) -> Sd3Encoders:
+        return Sd3Encoders(clips_of(pipeline), ClipEncoder(pipeline.tokenizer_3, pipeline.text_encoder_3))
+
+    def text_modules(self, encoders: Sd3Encoders) -> dict[str, nn.Module]:
+        return {"text_encoder": encoders.clips[0].encoder, "text_encoder_2": encoders.clips[1].encoder}
+
     def token_counts(self, encoders: Sd3Encoders, captions: Sequence[str], chunks: int) -> tuple[list[int], int]:
         """T5's: what the CLIPs cut off, it still reads."""
         _one_chunk(chunks)
@@ -131,12 +138,19 @@ class StableDiffusion3:
         ).sample
         return predicted
 
-    def load_pipeline(self, model: LocalModel, device: torch.device, dtype: torch.dtype) -> Any:
+    def load_pipeline(
+        self, model: LocalModel, device: torch.device, dtype: torch.dtype, denoiser: nn.Module | None = None
+    ) -> Any:
         quiet_libraries()
         from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
 
         pipeline = StableDiffusion3Pipeline.from_pretrained(
-            model.path, variant=model.variant, dtype=dtype, use_safetensors=True, local_files_only=True
+            model.path,
+            variant=model.variant,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            **given_parts(model, device, dtype, {self.denoiser_key: denoiser}),
         )
         return pipeline.to(device)
 

@@ -13,10 +13,12 @@ from pipeline.families.base import BaseVersion, KohyaNames, Posterior
 from pipeline.families.parts import (
     UNET_TARGETS,
     ClipEncoder,
+    clips_of,
     config_of,
     count_tokens,
     ddpm_of,
     encode_with_vae,
+    given_parts,
     join_chunks,
     load_clip,
     load_unet,
@@ -39,6 +41,7 @@ class StableDiffusionXL:
     pipeline_class = "StableDiffusionXLPipeline"
     kohya = KohyaNames({"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}, original_blocks=True)
     lora_targets = UNET_TARGETS
+    text_components: tuple[str, ...] = ("text_encoder", "text_encoder_2")
 
     def load_vae(self, model: LocalModel, device: torch.device, dtype: torch.dtype) -> nn.Module:
         return load_vae(model, device, dtype)
@@ -62,6 +65,12 @@ class StableDiffusionXL:
         hidden = [join_chunks(output.hidden_states[-(clip_skip + 2)], chunks) for output in outputs]
         return {"hidden": torch.cat(hidden, dim=-1), "pooled": outputs[1].text_embeds[::chunks]}
 
+    def text_encoders_of(self, pipeline: Any) -> tuple[ClipEncoder, ClipEncoder]:
+        return clips_of(pipeline)
+
+    def text_modules(self, encoders: tuple[ClipEncoder, ClipEncoder]) -> dict[str, nn.Module]:
+        return {"text_encoder": encoders[0].encoder, "text_encoder_2": encoders[1].encoder}
+
     def token_counts(
         self, encoders: tuple[ClipEncoder, ClipEncoder], captions: Sequence[str], chunks: int
     ) -> tuple[list[int], int]:
@@ -79,7 +88,9 @@ class StableDiffusionXL:
         predicted: Tensor = denoiser(x_t, t, encoder_hidden_states=text["hidden"], added_cond_kwargs=conditions).sample
         return predicted
 
-    def load_pipeline(self, model: LocalModel, device: torch.device, dtype: torch.dtype) -> Any:
+    def load_pipeline(
+        self, model: LocalModel, device: torch.device, dtype: torch.dtype, denoiser: nn.Module | None = None
+    ) -> Any:
         quiet_libraries()
         from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 
@@ -90,6 +101,7 @@ class StableDiffusionXL:
             use_safetensors=True,
             add_watermarker=False,
             local_files_only=True,
+            **given_parts(model, device, dtype, {self.denoiser_key: denoiser}),
         )
         return pipeline.to(device)
 
