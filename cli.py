@@ -84,6 +84,15 @@ def check() -> None:
 
 
 @app.command()
+def report() -> None:
+    """Write reports/index.html, the page to look at, from what the last run left; `run` does it too."""
+    from pipeline.page.report import write_page
+    from pipeline.workspace import Workspace
+
+    typer.echo(write_page(Workspace.here()))
+
+
+@app.command()
 def pin() -> None:
     """Fill in the revisions of the base and CLIP models in params.yaml."""
     from pipeline.check import pin_models
@@ -273,6 +282,26 @@ def push(dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would
         typer.echo(f"  {name}")
     if not changed:
         typer.echo("the Hub has everything")
+
+
+@app.command()
+def gate(
+    against: Annotated[
+        str | None, typer.Option(metavar="REV", help="Also compare with the metrics of this commit or tag.")
+    ] = None,
+    tolerance: Annotated[float, typer.Option(min=0, help="Share by which a metric may be worse than at REV.")] = 0.05,
+) -> None:
+    """Hold the metrics against `gate` and, if asked, an earlier commit's; exit 1 where one fails."""
+    from pipeline.gating import verdict
+    from pipeline.workspace import Workspace
+
+    findings = verdict(Workspace.here(), against, tolerance)
+    for finding in findings:
+        typer.echo(finding.sentence())
+    failed = sum(not finding.passed for finding in findings)
+    typer.echo(f"the gate fails: {failed} of {len(findings)} limits" if failed else f"the gate passes: {len(findings)} limits")
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -10,23 +10,23 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from pipeline.errors import UserError
+from pipeline.metrics import DEFINITIONS, NAMES
 
-Metric = Literal[
-    "base_held_out_loss",
-    "held_out_loss",
-    "held_out_loss_ratio",
-    "base_train_loss",
-    "train_loss",
-    "base_clip_score",
-    "clip_score",
-    "style_shift",
-]  # what validate measures
+
+def _known_metric(name: str) -> str:
+    if name not in NAMES:
+        near = difflib.get_close_matches(name, NAMES, n=1)
+        raise ValueError(f"no such metric: {f'did you mean {near[0]}?' if near else 'there are: ' + ', '.join(NAMES)}")
+    return name
+
+
+Metric = Annotated[str, AfterValidator(_known_metric)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Revision = Annotated[str, Field(pattern=r"^([0-9a-f]{40}|sha256:[0-9a-f]{64})$")] | None
@@ -246,6 +246,7 @@ class Train(Section):
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     quantise_base: Literal["int8", "nf4"] | None = None
     held_out_every: PositiveInt | None = None
+    snapshot_every: PositiveInt | None = None
     keep: Literal["last", "best"] = "last"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
@@ -310,10 +311,14 @@ class Validate(Section):
     loss_samples: PositiveInt = 64
     clip_model: str | None = None
     clip_revision: Revision = None
+    dino_model: str | None = None
+    dino_revision: Revision = None
+    untriggered_prompts: tuple[str, ...] = ()
+    checkpoints: Literal["last", "all"] = "last"
 
     @model_validator(mode="after")
     def _no_repeats(self) -> Validate:
-        for key in ("prompts", "seeds", "scales"):
+        for key in ("prompts", "seeds", "scales", "untriggered_prompts"):
             values = getattr(self, key)
             if len(set(values)) < len(values):
                 raise ValueError(f"{key} holds the same value twice: {list(values)}")
@@ -323,15 +328,17 @@ class Validate(Section):
 
 
 class Threshold(Section):
-    """One gate: a metric of `reports/validate/metrics.json` must lie within [min, max]."""
+    """One gate: a metric of `reports/validate/metrics.json` must lie within [min, max], and within shares of the base's value."""
 
     min: float | None = None
     max: float | None = None
+    min_of_base: Annotated[float, Field(gt=0)] | None = None
+    max_of_base: Annotated[float, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
     def _says_something(self) -> Threshold:
-        if self.min is None and self.max is None:
-            raise ValueError("a gate needs min, max or both")
+        if all(value is None for _, value in self):
+            raise ValueError("a gate needs min, max, min_of_base or max_of_base")
         if self.min is not None and self.max is not None and self.min > self.max:
             raise ValueError(f"min {self.min} is greater than max {self.max}: no value can pass")
         return self
@@ -448,11 +455,35 @@ class Params(Section):
             raise ValueError(f"train.flow_shift is for flow matching, but model.family is {self.model.family}: set it to null")
         if self.runtime.micro_batch and self.lora.dropout > 0:
             raise ValueError("runtime.micro_batch would change the masks of lora.dropout: set one of them to null or 0")
-        if not self.dataset.held_out_fraction and any("held_out" in name for name in self.gate):
+        if not self.dataset.held_out_fraction and any("held_out" in n or n == "overfitting_gap" for n in self.gate):
             raise ValueError("gate: a held-out loss is gated, but dataset.held_out_fraction is 0: nothing is held out")
-        if not self.validate_.clip_model and any("clip" in name or "style" in name for name in self.gate):
-            raise ValueError("gate: a CLIP metric is gated, but validate.clip_model is null")
+        for name, threshold in self.gate.items():
+            self._can_be_measured(name, threshold)
+        if self.validate_.checkpoints == "all" and self.train.snapshot_every is None:
+            raise ValueError("validate.checkpoints is all, but train.snapshot_every is null: no checkpoint is kept to compare")
         return self
+
+    def _can_be_measured(self, name: str, threshold: Threshold) -> None:
+        """Refuse a threshold on what these settings do not measure."""
+        validate, metric = self.validate_, name.removeprefix("base_")
+        needs = {
+            "dino": (validate.dino_model, "validate.dino_model is null"),
+            "leak": (validate.untriggered_prompts, "validate.untriggered_prompts is empty"),
+            "drift": (validate.untriggered_prompts, "validate.untriggered_prompts is empty"),
+            "diversity": (len(validate.seeds) > 1, "validate.seeds holds one seed"),
+        }
+        for part, (given, lack) in needs.items():
+            if part in metric and not given:
+                raise ValueError(f"gate.{name}: it is not measured, since {lack}")
+        if (
+            "loss" not in metric
+            and metric not in ("overfitting_gap", "dino_similarity", "memorised_share")
+            and not validate.clip_model
+        ):
+            raise ValueError(f"gate.{name}: it is not measured, since validate.clip_model is null")
+        relative = threshold.min_of_base is not None or threshold.max_of_base is not None
+        if relative and not (name in DEFINITIONS and DEFINITIONS[name].of_base):
+            raise ValueError(f"gate.{name}: the base has no value of its own: set min or max instead of a share of the base's")
 
     def section(self, name: str) -> Any:
         """The normalised values of one section, as JSON types: equal for `2e-4` and `0.0002`, whatever the key order."""

@@ -54,6 +54,8 @@ def _copied(folder: Path, other: Path, work: Path) -> bool:
         except BlockingIOError:
             return False  # it is running: what is copied could be deleted meanwhile
         (work / "checkpoints").mkdir(exist_ok=True)
+        if (other / "snapshots").is_dir():
+            shutil.copytree(other / "snapshots", work / "snapshots", dirs_exist_ok=True)
         for name in (*_CURVES, "best.safetensors"):
             if (other / name).is_file():
                 write_bytes(work / name, (other / name).read_bytes())

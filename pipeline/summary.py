@@ -45,6 +45,8 @@ def print_summary(workspace: Workspace, outcomes: Sequence[StageOutcome]) -> Non
         say(f"  {outcome.name:<36}{outcome.what}{took}")
     if [o.name for o in outcomes if o.what in ("ran", "restored", "up to date")][-1:] != ["export-and-card"]:
         return  # stopped before the end
+    from pipeline.page.report import write_page
+
     metrics = json.loads((workspace.root / VALIDATE_REPORT / "metrics.json").read_text(encoding="utf-8"))
     say("")
     for key, title in _HEADLINES.items():
@@ -54,6 +56,7 @@ def print_summary(workspace: Workspace, outcomes: Sequence[StageOutcome]) -> Non
     if gate["findings"]:
         say(f"  {'gate':<44}{'passed' if gate['passed'] else 'FAILED: ' + '; '.join(gate['findings'])}")
     say("")
+    say(f"  the page           {write_page(workspace).relative_to(workspace.root)}")
     say(f"  before and after   {VALIDATE_REPORT / 'before-after.png'}")
     say(f"  training pictures  {DATASET_REPORT / 'contact-sheet.png'}")
     say(f"  adapter and card   {DIST}/")

@@ -314,7 +314,10 @@ def _runs_of_files(workspace: Workspace) -> list[Run]:
                 hash_json(hash_tree(dist))[:16],  # another card or verdict is another run
                 {f"lineage.{k}": v for k, v in lineage.items()},
                 {"gate_passed": float(gate["passed"])},
-                tuple(p for p in sorted(dist.iterdir()) if p.is_file()),
+                (
+                    *(p for p in sorted(dist.iterdir()) if p.is_file()),
+                    *(p for p in [root / "reports" / "index.html"] if p.is_file()),
+                ),
             )
         )
     return runs

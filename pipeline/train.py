@@ -29,11 +29,12 @@ from pipeline.noise import NoiseShape
 from pipeline.optim import build_optimiser, learning_rate_at, scaled_learning_rate
 from pipeline.progress import progress, say
 from pipeline.randomness import torch_seed
-from pipeline.safetensors_file import read_safetensors
+from pipeline.safetensors_file import read_safetensors, write_safetensors
 from pipeline.team import ALONE, Team
 
 __all__ = ["Hardware", "read_curve", "train"]
 
+SNAPSHOTS = "snapshots"  # folder in the work directory: adapters that are kept on the way
 _READ_EVERY = 10  # steps between looks at the loss: each look waits for the device
 _HELD_OUT_SAMPLES, _HELD_OUT_TIMESTEPS = 64, 8  # what a look at the held-out loss costs at most: 512 forward passes
 _LEAST_SCALE = 2.0**-10  # a float16 loss scale below this means that no step succeeds any more
@@ -206,6 +207,9 @@ def train(
                 pending.append((step, loss, norm.detach()))
                 if settings.held_out_every and (step + 1) % settings.held_out_every == 0:
                     measure(step + 1)  # before the checkpoint: whoever goes on from that finds it measured
+                if settings.snapshot_every and (step + 1) % settings.snapshot_every == 0 and team.leads:
+                    with final_weights(parameters, average, optimiser):
+                        write_safetensors(work / SNAPSHOTS / f"step-{step + 1:08d}.safetensors", weights())
                 if (step + 1) % hardware.checkpoint_every == 0 or step + 1 == steps:
                     save(step + 1)
                 elif len(pending) == _READ_EVERY:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,9 +32,10 @@ from pipeline.quantise import quantise
 from pipeline.randomness import torch_seed
 from pipeline.safetensors_file import read_safetensors, write_safetensors
 from pipeline.team import ALONE, Team
-from pipeline.train import Hardware, Observer, train
+from pipeline.train import SNAPSHOTS, Hardware, Observer, train
 from pipeline.workspace import ENCODED
 
+PUBLISHED_SNAPSHOTS = "published-snapshots"  # folder in the work directory
 _BASE_TYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")  # CLIP's attention, as diffusers' and Kohya's scripts take it
 
@@ -131,6 +133,8 @@ def perform(
         lambda step: previews.draw(step, denoiser, text),
     )
     weights, published = lora.portable(weights, start, spec)
+    if team.leads:
+        _publish_snapshots(work, start, spec)
     if text_spec:
         text_spec = replace(published, targets=text_spec.targets)
     facts = {
@@ -145,6 +149,14 @@ def perform(
         "scales": lora.scales(denoiser),  # layer -> what its B A is multiplied by
     }
     return Trained(weights, facts)
+
+
+def _publish_snapshots(work: Path, start: dict[str, Tensor], spec: lora.LoraSpec) -> None:
+    """Make the adapters that were kept on the way ones for the base as it was published."""
+    published = work / PUBLISHED_SNAPSHOTS
+    shutil.rmtree(published, ignore_errors=True)
+    for path in sorted((work / SNAPSHOTS).glob("step-*.safetensors")):
+        write_safetensors(published / path.name, lora.portable(read_safetensors(path), start, spec)[0])
 
 
 def steps_of(settings: Train, encodings: Encodings) -> int:

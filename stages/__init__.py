@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
+from pipeline.progress import say
 from pipeline.stage import Stage, run_stage
 
 # stage name -> module; the order is the pipeline's
@@ -26,6 +27,10 @@ def run(name: str) -> None:
     def mirrored(stage: Stage) -> None:
         from pipeline.tracking import mirror
 
+        if name == "export-and-card":
+            from pipeline.page.report import write_page
+
+            say(f"  the page to look at: {write_page(stage.workspace)}")
         mirror(stage)
 
     run_stage(name, body, after=mirrored if name in _MIRRORED else None)

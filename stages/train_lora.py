@@ -9,14 +9,14 @@ from pipeline.continuation import adopt
 from pipeline.curve import HELD_OUT_COLUMNS, curve_csv, read_curve, read_held_out
 from pipeline.encodings import Encodings
 from pipeline.families import family
-from pipeline.files import write_json, write_text
+from pipeline.files import write_bytes, write_json, write_text
 from pipeline.follow import follow
 from pipeline.launch import Processes, launch, processes_of
 from pipeline.safetensors_file import write_safetensors
 from pipeline.stage import Stage
 from pipeline.tracking import live_curves
 from pipeline.train import Observer
-from pipeline.train_job import Trained, perform, steps_of
+from pipeline.train_job import PUBLISHED_SNAPSHOTS, Trained, perform, steps_of
 from pipeline.train_worker import write_job
 from pipeline.workspace import ADAPTER, ENCODED, TRAIN_REPORT
 
@@ -47,6 +47,11 @@ def main(stage: Stage) -> None:
             "params": {name: params.section(name) for name in ("model", "lora", "train")},  # as they were set
         },
     )
+    if settings.snapshot_every:
+        wanted = range(settings.snapshot_every, facts["steps"] + 1, settings.snapshot_every)
+        for step in wanted:  # those of a longer training that this one was taken from are not asked for
+            name = f"step-{step:08d}.safetensors"
+            write_bytes(stage.out(ADAPTER) / "snapshots" / name, (stage.work / PUBLISHED_SNAPSHOTS / name).read_bytes())
     write_text(stage.out(TRAIN_REPORT) / "curve.csv", curve_csv(rows))
     last = rows[-50:]
     metrics = {"steps": len(rows), "final_loss": sum(r["loss"] for r in last) / len(last), "final_loss_steps": len(last)}

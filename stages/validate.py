@@ -4,32 +4,78 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import nn
 
 from pipeline import lora
 from pipeline.config import Validate
+from pipeline.curve import curve_csv
 from pipeline.device import pick_device
 from pipeline.diffusion import overridden
-from pipeline.encodings import Encodings
-from pipeline.evaluate.clip import Clip, clip_score, style_shift
+from pipeline.encodings import EncodedSample, Encodings
+from pipeline.evaluate.clip import Clip
+from pipeline.evaluate.dino import Dino
 from pipeline.evaluate.losses import Questions, mean_loss, spread
 from pipeline.evaluate.sampling import Sampler, Shot, decode_latents, draw_shots, sampling_changes, use_scheduler
+from pipeline.evaluate.scores import Gallery, clip_metrics, copies, dino_metrics
+from pipeline.evaluate.similarity import Match
 from pipeline.families import family
-from pipeline.files import hash_file, write_json
+from pipeline.files import hash_file, write_json, write_text
 from pipeline.live_text import LiveText
 from pipeline.model_source import ModelSource, resolve
 from pipeline.pictures import labelled_grid
-from pipeline.progress import progress, say
+from pipeline.progress import Bar, progress, say
 from pipeline.safetensors_file import read_safetensors
 from pipeline.stage import Stage
 from pipeline.workspace import ADAPTER, ENCODED, VALIDATE_REPORT
 
 _GRID_ROWS = 8
-_CLIP_PICTURES = 128  # training pictures that the style shift is measured against
+_PICTURES = 128  # of each side of the split, that samples are compared with
+_NEAREST = 6  # pairs of sample and training picture that are shown
+
+
+@dataclass
+class _Judge:
+    """The base with everything that draws and measures with it; the adapter comes in between."""
+
+    stage: Stage
+    settings: Validate
+    encodings: Encodings
+    sides: dict[str, list[EncodedSample]]
+    pipeline: Any
+    measured: Any  # (family, objective, denoiser, device)
+    sampler: Sampler
+    samples: Path
+    live: LiveText | None = None
+
+    def draw(self, shots: Sequence[Shot], folder: Path, bar: Bar) -> None:
+        draw_shots(self.pipeline, shots, self.sampler, self.settings.batch_size, folder, self.stage.stop.check, bar)
+
+    def losses(self, prefix: str, bar: Bar) -> dict[str, float]:
+        """Of every side of the split that has pictures."""
+        kind, objective, denoiser, device = self.measured
+        found = {}
+        for split, chosen in self.sides.items():
+            if chosen:
+                found[f"{prefix}{split.replace('-', '_')}_loss"] = mean_loss(
+                    denoiser,
+                    kind,
+                    objective,
+                    self.encodings,
+                    Questions(chosen, self.settings.loss_timesteps),
+                    self.settings.batch_size,
+                    device,
+                    self.stage.stop.check,
+                    bar,
+                    self.live.encode if self.live else None,
+                )
+        return found
 
 
 def main(stage: Stage) -> None:
@@ -40,77 +86,106 @@ def main(stage: Stage) -> None:
     model = resolve(stage.source(), root)
     encodings = Encodings(root / ENCODED)
     training = json.loads((root / ADAPTER / "training.json").read_text(encoding="utf-8"))
-    weights = read_safetensors(root / ADAPTER / "adapter.safetensors")
-    width, height = Counter(s.size for s in encodings.index.samples).most_common(1)[0][0]
-    sampler = Sampler(
-        settings.scheduler,
-        settings.inference_steps,
-        settings.guidance_scale,
-        settings.negative_prompt,
-        width,
-        height,
-        encodings.index.clip_skip,
-    )
+    index = encodings.index
+    width, height = Counter(s.size for s in index.samples).most_common(1)[0][0]
     ours = {split: [s for s in encodings.samples(split) if not s.regularisation] for split in ("held-out", "train")}
-    sides = {split: spread(samples, settings.loss_samples) for split, samples in ours.items()}
     pipeline = kind.load_pipeline(model, device, torch.float32)
     use_scheduler(pipeline, settings.scheduler, sampling_changes(params.model.prediction, params.model.zero_terminal_snr))
     denoiser = getattr(pipeline, kind.denoiser_key).eval()
     objective = overridden(kind.objective(model), params.model.prediction, params.model.zero_terminal_snr)
-    samples = stage.work / "samples"
-    losses: dict[str, float] = {}
-
-    def draw(scale: float) -> None:
-        draw_shots(pipeline, _shots(settings, scale), sampler, settings.batch_size, samples, stage.stop.check, bar)
-
-    def measure(prefix: str, live: LiveText | None = None) -> None:
-        for split, chosen in sides.items():
-            if chosen:
-                losses[f"{prefix}{split.replace('-', '_')}_loss"] = mean_loss(
-                    denoiser,
-                    kind,
-                    objective,
-                    encodings,
-                    Questions(chosen, settings.loss_timesteps),
-                    settings.batch_size,
-                    device,
-                    stage.stop.check,
-                    bar,
-                    live.encode if live else None,
-                )
-
-    pictures = len(settings.prompts) * len(settings.seeds) * (1 + len(settings.scales))
-    forwards = 2 * settings.loss_timesteps * sum(map(len, sides.values()))
-    with progress("sampling and measuring", pictures + forwards, "items") as bar:
-        measure("base_")
-        draw(0.0)  # before the adapter is injected: the untouched base
+    judge = _Judge(
+        stage,
+        settings,
+        encodings,
+        {split: spread(samples, settings.loss_samples) for split, samples in ours.items()},
+        pipeline,
+        (kind, objective, denoiser, device),
+        Sampler(
+            settings.scheduler,
+            settings.inference_steps,
+            settings.guidance_scale,
+            settings.negative_prompt,
+            width,
+            height,
+            index.clip_skip,
+        ),
+        stage.work / "samples",
+    )
+    scales, main_scale = (0.0, *settings.scales), min(settings.scales, key=lambda s: abs(s - 1))
+    snapshots = _snapshots(root) if settings.checkpoints == "all" else []
+    forwards = settings.loss_timesteps * sum(map(len, judge.sides.values()))
+    plain = len(settings.untriggered_prompts) * len(settings.seeds)
+    shots = len(settings.prompts) * len(settings.seeds)
+    total = shots * len(scales) + 2 * plain + 2 * forwards + (forwards + shots) * len(snapshots)
+    with progress("sampling and measuring", total, "items") as bar:
+        losses = judge.losses("base_", bar)
+        judge.draw([*_shots(settings, 0.0), *_plain(settings, 0.0)], judge.samples, bar)  # the untouched base
         text = {name: getattr(pipeline, name) for name in training["text_components"]}
+        weights = read_safetensors(root / ADAPTER / "adapter.safetensors")
         networks = lora.inject_trained(denoiser, text, training, weights)
-        encoders, index = kind.text_encoders_of(pipeline), encodings.index
-        live = LiveText(kind, encoders, text, index.caption_chunks, index.clip_skip) if text else None
-        measure("", live)
+        if text:
+            encoders = kind.text_encoders_of(pipeline)
+            judge.live = LiveText(kind, encoders, text, index.caption_chunks, index.clip_skip)
+        losses |= judge.losses("", bar)
         for scale in settings.scales:
-            for network in networks:
-                lora.set_scale(network, scale)
-            draw(scale)
+            _weigh(networks, scale)
+            extra = _plain(settings, scale) if scale == main_scale else []
+            judge.draw([*_shots(settings, scale), *extra], judge.samples, bar)
+        rows = []
+        for step, path in snapshots:
+            lora.load_joint_state(denoiser, text, read_safetensors(path))
+            _weigh(networks, 1.0)
+            rows.append({"step": float(step), **judge.losses("", bar)})
+            _weigh(networks, main_scale)
+            judge.draw(_shots(settings, main_scale), judge.samples / f"step-{step}", bar)
 
-    metrics = dict(losses)
-    if "held_out_loss" in losses:
-        metrics["held_out_loss_ratio"] = losses["held_out_loss"] / losses["base_held_out_loss"]
-    main_scale = min(settings.scales, key=lambda s: abs(s - 1))
+    def pictures(chosen: list[EncodedSample]) -> list[Image.Image]:
+        """As the base sees them: both sides of a comparison went through the same VAE."""
+        seen = [s for s in spread(chosen, _PICTURES) if s.size == (width, height)]
+        means = [encodings.read(s.latents[0])["mean"].float() for s in seen]
+        return decode_latents(pipeline, torch.stack(means)) if means else []
+
+    def drawn(chosen: Sequence[Shot], folder: Path = judge.samples) -> list[Image.Image]:
+        return [Image.open(folder / shot.file_name).convert("RGB") for shot in chosen]
+
+    gallery = Gallery(
+        [shot.prompt for shot in _shots(settings, 0.0)],
+        drawn(_shots(settings, 0.0)),
+        drawn(_shots(settings, main_scale)),
+        pictures(ours["train"]),
+        pictures(ours["held-out"]),
+        drawn(_plain(settings, 0.0)),
+        drawn(_plain(settings, main_scale)),
+    )
+    metrics = {**losses, **_ratios(losses)}
+    copied = copies(gallery.adapted, gallery.train)
+    metrics["memorised_share"] = len(copied) / len(gallery.adapted)
+    matches: list[Match] = []
     if settings.clip_model:
         clip = Clip(resolve(ModelSource(settings.clip_model, settings.clip_revision), root, "validate.clip_model"), device)
-        seen = spread(ours["train"], _CLIP_PICTURES)
-        means = torch.stack([encodings.read(s.latents[0])["mean"].float() for s in seen if s.size == (width, height)])
-        metrics |= _clip_metrics(clip, settings, samples, main_scale, decode_latents(pipeline, means))
+        scores, matches = clip_metrics(clip, gallery)
+        metrics |= scores
+        for row, (step, _) in zip(rows, snapshots, strict=True):
+            then = drawn(_shots(settings, main_scale), judge.samples / f"step-{step}")
+            earlier, _ = clip_metrics(clip, Gallery(gallery.prompts, gallery.base, then, gallery.train, gallery.held_out))
+            row |= {name: value for name, value in earlier.items() if not name.startswith("base_")}
+    if settings.dino_model:
+        source = ModelSource(settings.dino_model, settings.dino_revision)
+        metrics |= dino_metrics(Dino(resolve(source, root, "validate.dino_model"), device), gallery)
 
     out = stage.out(VALIDATE_REPORT)
     (out / "samples").mkdir()
-    for scale in (0.0, *settings.scales):
-        for shot in _shots(settings, scale):
-            (out / "samples" / shot.file_name).write_bytes((samples / shot.file_name).read_bytes())
-    _grid(settings, samples, (0.0, main_scale)).save(out / "before-after.png")
-    _grid(settings, samples, (0.0, *settings.scales)).save(out / "scales.png")
+    shown = [shot for scale in scales for shot in _shots(settings, scale)]
+    for shot in [*shown, *_plain(settings, 0.0), *_plain(settings, main_scale)]:
+        (out / "samples" / shot.file_name).write_bytes((judge.samples / shot.file_name).read_bytes())
+    _grid(settings, judge.samples, (0.0, main_scale)).save(out / "before-after.png")
+    _grid(settings, judge.samples, scales).save(out / "scales.png")
+    if settings.untriggered_prompts:
+        _grid(settings, judge.samples, (0.0, main_scale), settings.untriggered_prompts).save(out / "untriggered.png")
+    _write_nearest(out, gallery, matches, copied)
+    if rows:
+        rows = [{**row, **_ratios({**losses, **row})} for row in rows]
+        write_text(out / "checkpoints.csv", curve_csv(rows, ["step", *(name for name in rows[0] if name != "step")]))
     write_json(out / "metrics.json", metrics)
     write_json(
         out / "validation.json",
@@ -126,33 +201,64 @@ def main(stage: Stage) -> None:
             "settings": params.section("validate"),
         },
     )
-    if not sides["held-out"]:
+    if not judge.sides["held-out"]:
         say("  no picture is held out: there is no held-out loss, and nothing tells of overfitting")
+
+
+def _ratios(losses: dict[str, float]) -> dict[str, float]:
+    """Losses as shares of the base's, and how far the two sides of the split are apart."""
+    found = {}
+    for side in ("held_out", "train"):
+        if f"{side}_loss" in losses:
+            found[f"{side}_loss_ratio"] = losses[f"{side}_loss"] / losses[f"base_{side}_loss"]
+    if len(found) == 2:
+        found["overfitting_gap"] = found["held_out_loss_ratio"] - found["train_loss_ratio"]
+    return found
+
+
+def _weigh(networks: Sequence[nn.Module], scale: float) -> None:
+    for network in networks:
+        lora.set_scale(network, scale)
+
+
+def _snapshots(root: Path) -> list[tuple[int, Path]]:
+    """The adapters that the training left on its way, by their steps."""
+    return [
+        (int(path.stem.removeprefix("step-")), path)
+        for path in sorted((root / ADAPTER / "snapshots").glob("step-*.safetensors"))
+    ]
 
 
 def _shots(settings: Validate, scale: float) -> list[Shot]:
     return [Shot(prompt, seed, scale) for seed in settings.seeds for prompt in settings.prompts]
 
 
-def _clip_metrics(
-    clip: Clip, settings: Validate, samples: Path, main_scale: float, training: list[Image.Image]
-) -> dict[str, float]:
-    texts = clip.texts([shot.prompt for shot in _shots(settings, 0.0)])
-    embedded: dict[float, Any] = {
-        scale: clip.images([Image.open(samples / shot.file_name).convert("RGB") for shot in _shots(settings, scale)])
-        for scale in (0.0, main_scale)
-    }
-    return {
-        "base_clip_score": clip_score(embedded[0.0], texts),
-        "clip_score": clip_score(embedded[main_scale], texts),
-        "style_shift": style_shift(embedded[0.0], embedded[main_scale], clip.images(training)),
-    }
+def _plain(settings: Validate, scale: float) -> list[Shot]:
+    """Of the prompts without the trigger."""
+    return [Shot(prompt, seed, scale) for seed in settings.seeds for prompt in settings.untriggered_prompts]
 
 
-def _grid(settings: Validate, samples: Path, scales: tuple[float, ...]) -> Image.Image:
-    prompts, seed = settings.prompts[:_GRID_ROWS], settings.seeds[0]
+def _grid(settings: Validate, samples: Path, scales: tuple[float, ...], prompts: Sequence[str] = ()) -> Image.Image:
+    rows, seed = (prompts or settings.prompts)[:_GRID_ROWS], settings.seeds[0]
     return labelled_grid(
-        [[Image.open(samples / Shot(p, seed, s).file_name).convert("RGB") for s in scales] for p in prompts],
+        [[Image.open(samples / Shot(p, seed, s).file_name).convert("RGB") for s in scales] for p in rows],
         columns=["base" if s == 0 else f"with adapter, weight {s:g}" for s in scales],
-        row_captions=[f"{p}  (seed {seed})" for p in prompts],
+        row_captions=[f"{p}  (seed {seed})" for p in rows],
     )
+
+
+def _write_nearest(out: Path, gallery: Gallery, matches: list[Match], copied: list[tuple[int, int]]) -> None:
+    """The samples that are most like a training picture, copies first: a list, and a picture to judge by eye."""
+    far = {match.sample: match.cosine for match in matches}
+    pairs = [(i, j, True) for i, j in copied]
+    known = {i for i, _, _ in pairs}
+    pairs += [(m.sample, m.picture, False) for m in sorted(matches, key=lambda m: -m.cosine) if m.sample not in known]
+    pairs = pairs[:_NEAREST]
+    listed = [{"prompt": gallery.prompts[i], "training_picture": j, "copy": copy, "cosine": far.get(i)} for i, j, copy in pairs]
+    write_json(out / "nearest.json", listed)
+    if pairs:
+        labelled_grid(
+            [[gallery.adapted[i], gallery.train[j]] for i, j, _ in pairs],
+            columns=["sample", "nearest training picture"],
+            row_captions=[("a copy" if copy else f"cosine {far[i]:.3f}") + f": {gallery.prompts[i]}" for i, _, copy in pairs],
+        ).save(out / "nearest.png")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from encoded import encode_folder
@@ -16,11 +18,15 @@ from pipeline.config import Threshold
 from pipeline.diffusion import Ddpm
 from pipeline.errors import UserError
 from pipeline.evaluate.clip import Clip, clip_score, style_shift
-from pipeline.evaluate.gate import judge
+from pipeline.evaluate.dino import Dino
+from pipeline.evaluate.gate import compare, judge
 from pipeline.evaluate.losses import Questions, mean_loss
 from pipeline.evaluate.sampling import Sampler, Shot, draw_shots, use_scheduler
+from pipeline.evaluate.scores import Gallery, clip_metrics, copies, dino_metrics
+from pipeline.evaluate.similarity import cmmd, diversity, mean_similarity, nearest, paired_distance
 from pipeline.families import family
 from pipeline.files import hash_tree
+from pipeline.metrics import NAMES
 from pipeline.model_source import LocalModel
 from pipeline.pictures import labelled_grid
 from pipeline.progress import progress
@@ -161,3 +167,109 @@ def test_grids_are_the_same_every_time_and_hold_their_pictures() -> None:
         == labelled_grid([[picture, picture]], columns=["base", "adapter"], row_captions=["a prompt " * 30]).tobytes()
     )
     assert sum(n for n, colour in grid.getcolors(2**24) if colour == (255, 0, 0)) == 2 * 192 * 192
+
+
+def vectors(count: int, seed: int, towards: int | None = None) -> torch.Tensor:
+    """Unit vectors in 16 dimensions; around one axis, if told."""
+    rows = torch.randn(count, 16, generator=torch.Generator().manual_seed(seed))
+    if towards is not None:
+        rows[:, towards] += 4
+    return torch.nn.functional.normalize(rows, dim=-1)
+
+
+def test_cmmd_equals_the_formula_written_out() -> None:
+    x, y = vectors(7, 0, 1), vectors(9, 1, 2)
+
+    def k(a: torch.Tensor, b: torch.Tensor) -> float:
+        return math.exp(-float((a.double() - b.double()).square().sum()) / (2 * 10.0**2))
+
+    within = [
+        sum(k(s[i], s[j]) for i in range(len(s)) for j in range(len(s)) if i != j) / (len(s) * (len(s) - 1)) for s in (x, y)
+    ]
+    across = sum(k(a, b) for a in x for b in y) / (len(x) * len(y))
+    assert cmmd(x, y).value == pytest.approx(1000 * (within[0] + within[1] - 2 * across), rel=1e-9)
+
+
+def test_cmmd_tells_equal_distributions_from_others() -> None:
+    same = [cmmd(vectors(40, 2 * s, 3), vectors(40, 2 * s + 1, 3)) for s in range(10)]
+    assert abs(sum(d.value for d in same) / 10) < 0.05 and sum(d.low <= 0.05 for d in same) >= 8
+    other = cmmd(vectors(40, 0, 3), vectors(40, 1, 4))
+    assert other.low > 0.5 and other.low <= other.value <= other.high
+    assert cmmd(vectors(40, 0, 3), vectors(40, 1, 4)) == other  # the interval is drawn from a fixed seed
+
+
+def test_similarities_of_known_embeddings() -> None:
+    x, y = unit([1.0, 0.0], [0.0, 1.0]), unit([1.0, 0.0], [-1.0, 0.0])
+    assert mean_similarity(x, x) == pytest.approx(0.5) and mean_similarity(x, y) == pytest.approx(0.0)
+    assert paired_distance(x, x) == pytest.approx(0) and paired_distance(x, -x) == pytest.approx(2)
+    assert diversity([x, x[:1]]) == pytest.approx(1) and diversity([torch.cat([x[:1], x[:1]])]) == pytest.approx(0)
+    assert diversity([y]) == pytest.approx(2)
+    assert [(m.picture, round(m.cosine, 6)) for m in nearest(x, torch.cat([x.flip(0), y]))] == [(1, 1.0), (0, 1.0)]
+
+
+def test_copies_of_training_pictures_are_found_and_others_are_not(pictures_folder: Path) -> None:
+    pictures = [Image.open(p).convert("RGB") for p in sorted(pictures_folder.glob("*.png"))]
+    again = pictures[3].resize((64, 64)).resize((32, 32))
+    assert copies([again, Image.new("RGB", (32, 32), "red")], pictures) == [(0, 3)]
+
+
+def test_shuffled_prompts_score_lower_and_copies_of_the_data_are_at_no_distance(clip_folder: Path) -> None:
+    """CLIP's own numbers, on a gallery whose answers are known: samples that are the data, a base that is another colour."""
+    clip = Clip(LocalModel(clip_folder, None, None), CPU)
+    rng = np.random.default_rng(0)
+    data = [Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)) for _ in range(12)]
+    other = [Image.new("RGB", (32, 32), (i * 20, 0, 0)) for i in range(6)]
+    prompts = ["a red circle", "a blue square", "a", "green", "small", "large"]
+    gallery = Gallery(prompts, other, data[:6], data[:9], data[9:], other[:2], other[:2])
+    metrics, matches = clip_metrics(clip, gallery)
+    texts, images = clip.texts(prompts), clip.images(data[:6])
+    assert metrics["clip_score"] == pytest.approx(100 * float((texts * images).sum(-1).mean()), rel=1e-5)
+    shuffled, _ = clip_metrics(clip, replace(gallery, prompts=[*prompts[1:], prompts[0]]))
+    assert shuffled["clip_score"] != pytest.approx(metrics["clip_score"], rel=1e-4)
+    assert metrics["cmmd"] < metrics["base_cmmd"] and metrics["cmmd_low"] <= metrics["cmmd"] <= metrics["cmmd_high"]
+    assert metrics["nearest_similarity"] == pytest.approx(1.0) and [m.picture for m in matches] == list(range(6))
+    assert metrics["drift"] == pytest.approx(0, abs=1e-6) and metrics["leak"] == pytest.approx(0, abs=1e-6)
+    assert "diversity" not in metrics
+    assert "diversity" in clip_metrics(clip, replace(gallery, prompts=["a"] * 6))[0]
+    assert set(metrics) <= set(NAMES)
+
+
+def test_dino_reads_the_transformers_layout(tmp_path: Path) -> None:
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    Dinov2Model(config).save_pretrained(tmp_path)
+    size = {"height": 28, "width": 28}
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps(
+            {
+                "image_processor_type": "BitImageProcessor",
+                "size": {"shortest_edge": 28},
+                "crop_size": size,
+                "image_mean": [0.5] * 3,
+                "image_std": [0.5] * 3,
+            }
+        )
+    )
+    pictures = [Image.new("RGB", (28, 28), colour) for colour in ("red", "blue", "white")]
+    dino = Dino(LocalModel(tmp_path, None, None), CPU)
+    pixels = torch.stack([torch.from_numpy(np.asarray(p, np.float32) / 127.5 - 1).permute(2, 0, 1) for p in pictures])
+    with torch.no_grad():
+        wanted = Dinov2Model.from_pretrained(tmp_path).eval()(pixel_values=pixels).pooler_output
+    torch.testing.assert_close(dino.images(pictures), torch.nn.functional.normalize(wanted, dim=-1), rtol=1e-4, atol=1e-5)
+    metrics = dino_metrics(dino, Gallery([""] * 3, pictures, pictures, pictures, pictures[:1]))
+    assert metrics["dino_similarity"] == pytest.approx(metrics["base_dino_similarity"])
+    assert dino_metrics(dino, Gallery([""], pictures[:1], pictures[:1], pictures, [])) == {}
+
+
+def test_shares_of_the_bases_value_and_comparison_with_an_earlier_adapter() -> None:
+    metrics = {"clip_score": 20.0, "base_clip_score": 25.0, "cmmd": 1.0}
+    assert not judge(metrics, {"clip_score": Threshold(min_of_base=0.9)})[0].passed
+    assert judge(metrics, {"clip_score": Threshold(min=10.0, min_of_base=0.7)})[0].minimum == pytest.approx(17.5)
+    with pytest.raises(UserError, match="base_cmmd"):
+        judge(metrics, {"cmmd": Threshold(max_of_base=0.5)})
+    findings = compare(metrics, {"clip_score": 21.0, "cmmd": 0.8}, ["clip_score", "cmmd", "leak"], 0.1, "main")
+    assert [(f.metric, f.passed) for f in findings] == [("clip_score", True), ("cmmd", False)]
+    assert findings[1].sentence() == "cmmd 1: fails (at most 0.88, from 0.8 at main)"
+    assert not judge({"cmmd": float("nan")}, {"cmmd": Threshold(max=1.0)})[0].passed

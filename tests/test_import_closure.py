@@ -21,7 +21,9 @@ COMMANDS = (
     "export/show",
     "export/verify",
     "fetch",
+    "gating",
     "generate",
+    "history",
     "summary",
 )
 STAGES = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -31,7 +33,7 @@ STAGES = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
 # result all the same.
 ON_REQUEST = {
     "prepare-dataset": {f"pipeline/{name}.py" for name in ("auto_caption", "device", "quiet")},
-    **dict.fromkeys(list(STAGES)[1:], {"pipeline/single_file.py"}),
+    **{stage: {"pipeline/single_file.py"} for stage in list(STAGES)[1:]},
 }
 
 

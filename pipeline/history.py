@@ -1,0 +1,49 @@
+"""What other commits and experiments of the project hold: settings from git, metrics and pictures through DVC."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from pipeline.errors import UserError
+from pipeline.workspace import VALIDATE_REPORT, Workspace
+
+
+def metrics_at(workspace: Workspace, revision: str) -> dict[str, float]:
+    """The validation's metrics of a commit, tag, branch or experiment, from DVC's cache or remote.
+
+    Raises:
+        UserError: there is no such revision, or its metrics are nowhere.
+    """
+    loaded: dict[str, float] = json.loads(bytes_at(workspace, revision, f"{VALIDATE_REPORT}/metrics.json"))
+    return loaded
+
+
+def params_at(workspace: Workspace, revision: str) -> dict[str, Any]:
+    """`params.yaml` of a revision, as plain values."""
+    done = subprocess.run(
+        ["git", "show", f"{revision}:./params.yaml"], cwd=workspace.root, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise UserError(f"{revision} is no commit with a params.yaml here: {done.stderr.strip()}")
+    loaded: dict[str, Any] = YAML(typ="safe").load(done.stdout)
+    return loaded
+
+
+def bytes_at(workspace: Workspace, revision: str, path: str) -> bytes:
+    """A tracked file's content at a revision."""
+    import dvc.api
+
+    try:
+        with dvc.api.open(path, repo=str(workspace.root), rev=revision, mode="rb") as file:
+            content: bytes = file.read()
+    except Exception as error:  # of git, DVC, its remotes and the file system, many kinds
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{path} at {revision} cannot be had: {first[:300]}. Was that run's dvc.lock committed, and its result pushed? "
+            "`dvc fetch` brings what a remote has"
+        ) from error
+    return content

@@ -1,0 +1,1 @@
+"""Pages for a person to open: self-contained HTML, no script or picture from elsewhere."""
