@@ -411,6 +411,7 @@ class Tracking(Section):
     enabled: bool = True
     uri: str | None = None
     experiment: Annotated[str, Field(min_length=1)] = "reprolora"
+    register_model: bool = True
     required: bool = False
 
 

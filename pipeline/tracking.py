@@ -88,6 +88,12 @@ def sync(workspace: Workspace, settings: Tracking, only: str | None = None) -> l
         run_id = parent if run is runs[0] else _find_or_create(client, experiment, run, parent)
         if _fill(client, run_id, run):
             gained.append(f"{run.stage} {run.fingerprint}")
+        if run.stage == "export-and-card" and settings.register_model:
+            from pipeline.registry import register
+
+            uri = os.environ.get("MLFLOW_TRACKING_URI") or settings.uri or default_uri(workspace)
+            if register(client, uri, run_id, run.fingerprint, workspace):
+                gained.append("a version of the registered model")
     return gained
 
 

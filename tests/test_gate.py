@@ -12,7 +12,7 @@ from project import REPOSITORY, Project, make_project
 from ruamel.yaml import YAML
 
 pytestmark = pytest.mark.slow
-STEPS = 60
+STEPS = 40
 SHIPPED = YAML(typ="safe").load((REPOSITORY / "params.yaml").read_text())
 
 

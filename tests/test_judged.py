@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import io
 import json
+import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
+import sys
+import time
+import urllib.request
 from pathlib import Path
 
+import mlflow
+import pandas as pd
 import pytest
+from mlflow import MlflowClient
+from PIL import Image
 from project import Project, make_project
 
 from pipeline.metrics import DEFINITIONS, NAMES
@@ -135,3 +147,54 @@ def test_the_gate_against_a_commit_and_what_changed_since(judged: Project) -> No
     )
     done = judged.cli("gate", "--against", "no-such-commit")
     assert done.returncode == 2 and "no-such-commit" in done.stderr
+
+
+def test_what_passed_is_registered_once_loads_and_is_served(judged: Project) -> None:
+    """MLflow's own loader and its own server; the picture is the one that the adapter draws."""
+    judged.set("tracking", enabled=True)
+    done = judged.cli("sync")
+    assert "a version of the registered model" in done.stdout, done.stdout + done.stderr
+    assert "registered" not in judged.cli("sync").stdout
+    store = f"sqlite:///{judged.path('mlruns/mlflow.db')}"
+    client = MlflowClient(tracking_uri=store)
+    assert client.get_model_version_by_alias("tiny", "champion").version in (1, "1")
+    mlflow.set_tracking_uri(store)
+    model = mlflow.pyfunc.load_model("models:/tiny@champion")
+    rows = pd.DataFrame({"prompt": ["zyx, a red circle"], "seed": [0]})
+    drawn = Image.open(io.BytesIO(base64.b64decode(model.predict(rows)[0])))
+    assert drawn.size == (32, 32)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = ["mlflow", "models", "serve", "-m", "models:/tiny@champion", "--env-manager", "local", "-p", str(port)]
+    server = judged.start(sys.executable, "-m", *command, MLFLOW_TRACKING_URI=store, HF_HUB_OFFLINE="1")
+    try:
+        answer = None
+        end = time.monotonic() + 90
+        body = json.dumps({"dataframe_split": {"columns": ["prompt", "seed"], "data": [["zyx, a red circle", 0]]}}).encode()
+        while answer is None and time.monotonic() < end:
+            request = urllib.request.Request(f"http://127.0.0.1:{port}/invocations", body, {"Content-Type": "application/json"})
+            try:
+                with urllib.request.urlopen(request, timeout=60) as response:
+                    answer = json.loads(response.read())
+            except OSError:
+                time.sleep(0.5)
+        assert answer is not None
+        served = Image.open(io.BytesIO(base64.b64decode(answer["predictions"][0])))
+        assert served.tobytes() == drawn.tobytes()
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.communicate(timeout=30)
+
+
+def test_what_failed_is_not_registered(judged: Project) -> None:
+    judged.set("tracking", enabled=True, experiment="failing")
+    params = judged.params()
+    judged.write(
+        {**params, "gate": {"held_out_loss_ratio": {"max": 0.0001}}, "export": {**params["export"], "name": "failing"}}
+    )
+    done = judged.cli("run")
+    assert done.returncode == 0 and "the gate FAILED" in done.stdout
+    client = MlflowClient(tracking_uri=f"sqlite:///{judged.path('mlruns/mlflow.db')}")
+    assert not client.search_model_versions("name = 'failing'")
+    assert judged.path("dist/adapter/failing.safetensors").is_file()
