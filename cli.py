@@ -320,6 +320,18 @@ def sync() -> None:
 
 
 @app.command()
+def play(
+    host: Annotated[str, typer.Option(help="Whom to listen to; 0.0.0.0 for everybody.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="On this machine.")] = 7860,
+) -> None:
+    """Draw in a browser, with any adapters, beside the base (extra: ui)."""
+    from pipeline.playground import play as serve
+    from pipeline.workspace import Workspace
+
+    serve(Workspace.here(), host, port)
+
+
+@app.command()
 def ui(port: Annotated[int, typer.Option(help="On this machine.")] = 5000) -> None:
     """Open MLflow's UI on this project's store."""
     from pipeline.config import load_params

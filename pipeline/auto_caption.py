@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pipeline.dataset.images import decode
+from pipeline.errors import UserError
 from pipeline.files import hash_json, write_json
 from pipeline.model_source import LocalModel
 from pipeline.progress import progress
@@ -24,6 +25,7 @@ def write_captions(
     model: LocalModel,
     kept: Path,
     device: torch.device,
+    background: str,
     check_stop: Callable[[], None],
 ) -> list[str]:
     """One caption per picture, by greedy decoding: the same caption for the same picture and model.
@@ -32,6 +34,7 @@ def write_captions(
         pictures: file and pixel hash of each.
         model: an image-to-text model in the transformers layout (`Salesforce/blip-image-captioning-base`).
         kept: folder of the captions written so far, one file per model.
+        background: colour under transparent pictures.
 
     Raises:
         UserError: the model is none that captions.
@@ -40,7 +43,7 @@ def write_captions(
     known: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     todo = [(path, pixels) for path, pixels in pictures if pixels not in known]
     if todo:
-        captioner = Captioner(model, device)
+        captioner = Captioner(model, device, background)
         with progress("writing captions", len(todo), "captions") as bar:
             for i in range(0, len(todo), _BATCH):
                 check_stop()
@@ -55,11 +58,17 @@ def write_captions(
 class Captioner:
     """A BLIP model with its tokenizer, frozen, float32."""
 
-    def __init__(self, model: LocalModel, device: torch.device) -> None:
+    def __init__(self, model: LocalModel, device: torch.device, background: str) -> None:
+        config = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
+        if config.get("model_type") != "blip":
+            raise UserError(
+                f"dataset.auto_caption: {model.path} is a model of type {config.get('model_type')!r}, not blip: name one like "
+                "Salesforce/blip-image-captioning-base"
+            )
         quiet_libraries()
         from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipImageProcessorPil
 
-        self.device = device
+        self.device, self.background = device, background
         self.model: Any = BlipForConditionalGeneration.from_pretrained(
             model.path, use_safetensors=True, dtype=torch.float32, local_files_only=True
         )
@@ -70,7 +79,7 @@ class Captioner:
     @torch.inference_mode()
     def __call__(self, paths: list[Path]) -> list[str]:
         """A caption for each picture, never empty."""
-        pictures = [decode(path, max_pixels=2**62).image for path in paths]
+        pictures = [decode(path, max_pixels=2**62, background=self.background).image for path in paths]
         pixels = self.processor(images=pictures, return_tensors="pt").pixel_values.to(self.device)
         tokens = self.model.generate(pixel_values=pixels, max_new_tokens=_MAX_TOKENS, do_sample=False)
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)

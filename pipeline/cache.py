@@ -8,12 +8,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from pipeline.encodings import ContentStore, Encodings, hash_tensors
+from pipeline.errors import UserError
 from pipeline.workspace import ENCODED, Workspace
 
 
 def stats(workspace: Workspace) -> str:
     """How much there is, and how much of it the present encodings use."""
-    store, used = ContentStore(workspace.store), _used(workspace)
+    store, used = ContentStore(workspace.store), _used(workspace) or set()
     keys = set(store.keys())
     size = sum(segment.stat().st_size for segment in store.segments())
     return f"{len(keys)} encodings in {len(store.segments())} files, {_mib(size)}; {len(keys & used)} of them are in use"
@@ -25,8 +26,14 @@ def collect(workspace: Workspace, older_than: float, dry_run: bool) -> str:
     Args:
         older_than: days; files written since are left alone.
         dry_run: only say what would go.
+
+    Raises:
+        UserError: there are no present encodings, as after an encoding that was cut off: all would go that it has done.
     """
-    store, used = ContentStore(workspace.store), _used(workspace)
+    used = _used(workspace)
+    if used is None:
+        raise UserError(f"{ENCODED} is missing, so nothing is in use and all would be deleted: run the pipeline first")
+    store = ContentStore(workspace.store)
     newest = time.time() - older_than * 86_400
     gone, freed = 0, 0
     for segment in store.segments():
@@ -49,8 +56,9 @@ def verify(workspace: Workspace) -> tuple[int, str]:
     """Compare every file with its checksum and delete those that differ: number of damaged files, and a sentence."""
     before = len(list(workspace.store.glob("*.safetensors"))) if workspace.store.is_dir() else 0
     store = ContentStore(workspace.store)  # deletes what cannot even be opened
-    damaged = before - len(store.segments())
-    for segment in store.segments():
+    left = sorted(store.folder.glob("*.safetensors"))
+    damaged = before - len(left)
+    for segment in left:
         try:
             with safe_open(segment, framework="pt") as file:
                 stated = (file.metadata() or {}).get("sha256")
@@ -65,10 +73,10 @@ def verify(workspace: Workspace) -> tuple[int, str]:
     return 0, f"{before} files are as they were written"
 
 
-def _used(workspace: Workspace) -> set[str]:
+def _used(workspace: Workspace) -> set[str] | None:
     folder = workspace.root / ENCODED
     if not (folder / "index.json").is_file():
-        return set()
+        return None
     index = Encodings(folder).index
     keys = {key for s in index.samples for key in (*s.latents, *s.texts, *s.masks)}
     return keys | {index.empty_text}

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pipeline.base_model import base_source
-from pipeline.config import Dataset, load_params
+from pipeline.config import Dataset, Params, load_params
 from pipeline.dataset.prepare import scan_concepts
 from pipeline.edit import set_values
 from pipeline.errors import UserError
@@ -25,7 +25,6 @@ _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "dvc", 
 def check_all(workspace: Workspace) -> bool:
     """Print one line per check, the fault where there is one; returns whether all passed."""
     params = load_params(workspace.params)
-    clip = params.validate_.clip_model
     checks: list[tuple[str, Callable[[], str]]] = [
         ("params.yaml", lambda: "every key and value is allowed"),
         ("project", lambda: _project(workspace)),
@@ -38,9 +37,10 @@ def check_all(workspace: Workspace) -> bool:
             lambda: _model(workspace, base_source(params.model), "model.base"),
         ),
     ]
-    if clip:
-        source = ModelSource(clip, params.validate_.clip_revision)
-        checks.append(("CLIP", lambda: _model(workspace, source, "validate.clip_model")))
+    for title, key, named, revision in _helpers(params):
+        if named:
+            source = ModelSource(named, revision)
+            checks.append((title, lambda source=source, key=key: _model(workspace, source, key)))  # type: ignore[misc]
     fine = True
     for title, look in checks:
         try:
@@ -57,10 +57,21 @@ def pin_models(workspace: Workspace) -> list[str]:
     wanted = [f"model.revision={_revision(workspace, params.model.base, 'model.base')}"]
     if params.model.vae:
         wanted.append(f"model.vae_revision={_revision(workspace, params.model.vae, 'model.vae')}")
-    if params.validate_.clip_model:
-        revision = _revision(workspace, params.validate_.clip_model, "validate.clip_model")
-        wanted.append(f"validate.clip_revision={revision}")
+    for _, key, named, _ in _helpers(params):
+        if named:
+            pinned = key.replace("_model", "") + "_revision"
+            wanted.append(f"{pinned}={_revision(workspace, named, key)}")
     return set_values(workspace, wanted)
+
+
+def _helpers(params: Params) -> list[tuple[str, str, str | None, str | None]]:
+    """The models beside the base: title, key, name and pin."""
+    v, d = params.validate_, params.dataset
+    return [
+        ("CLIP", "validate.clip_model", v.clip_model, v.clip_revision),
+        ("DINO", "validate.dino_model", v.dino_model, v.dino_revision),
+        ("captioner", "dataset.auto_caption", d.auto_caption, d.auto_caption_revision),
+    ]
 
 
 def _revision(workspace: Workspace, base: str, key: str) -> str:

@@ -412,6 +412,8 @@ class Tracking(Section):
     uri: str | None = None
     experiment: Annotated[str, Field(min_length=1)] = "reprolora"
     register_model: bool = True
+    tensorboard: bool = False
+    wandb_project: Annotated[str, Field(min_length=1)] | None = None
     required: bool = False
 
 

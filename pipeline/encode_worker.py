@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 
@@ -33,11 +33,16 @@ def write_job(path: Path, todo: Todo, manifest: Path, root: Path, store: Path, m
             "manifest": str(manifest),
             "root": str(root),
             "store": str(store),
-            "model": [str(model.path), model.variant, model.commit],
+            "model": _written(model),
+            "vae": _written(model.vae) if model.vae else None,
             "family": name,
             "how": asdict(how),
         },
     )
+
+
+def _written(model: LocalModel) -> list[str | None]:
+    return [str(model.path), model.variant, model.commit]
 
 
 def main(path: Path) -> None:
@@ -54,7 +59,8 @@ def main(path: Path) -> None:
     state = PartialState(cpu=runtime.device == "cpu")
     manifest = read_manifest(Path(job["manifest"]))
     by_path = {(s.path, s.unpacked): s for s in manifest.samples}
-    model = LocalModel(Path(job["model"][0]), *job["model"][1:])
+    vae = LocalModel(Path(job["vae"][0]), *job["vae"][1:]) if job["vae"] else None
+    model = replace(LocalModel(Path(job["model"][0]), *job["model"][1:]), vae=vae)
     kind, how = family(job["family"]), How(**job["how"])
 
     def share(keys: list[str]) -> list[str]:

@@ -44,7 +44,7 @@ def encode_todo(
         UserError: as the three functions below.
     """
     if todo.masks:
-        encode_masks(todo.masks, manifest, root, store, family.stride)
+        encode_masks(todo.masks, manifest, root, store, family.stride, check_stop)
     if todo.captions:
         encode_captions(todo.captions, family, model, store, how, device, check_stop)
     if todo.cuts:
@@ -141,15 +141,21 @@ def encode_cuts(
         store.add(pending)
 
 
-def encode_masks(todo: dict[str, Cut], manifest: Manifest, root: Path, store: ContentStore, cell: int) -> None:
+def encode_masks(
+    todo: dict[str, Cut], manifest: Manifest, root: Path, store: ContentStore, cell: int, check_stop: Callable[[], None]
+) -> None:
     """Resize masks by key to one value per latent cell of `cell` pixels, the mean of what it covers."""
-    entries: dict[str, Entry] = {}
-    for key, wanted in todo.items():
-        mask = _read_mask(manifest, root, wanted)
-        width, height = wanted.sample.geometry.size
-        small = mask.resize((width // cell, height // cell), Image.Resampling.BOX)
-        entries[key] = {"mask": torch.from_numpy(np.asarray(small, np.float32) / 255)[None]}
-    store.add(entries)
+    with progress("resizing masks", len(todo), "masks") as bar:
+        for chunk in _chunks(list(todo), _KEEP_EVERY):
+            check_stop()
+            entries: dict[str, Entry] = {}
+            for key in chunk:
+                mask = _read_mask(manifest, root, todo[key])
+                width, height = todo[key].sample.geometry.size
+                small = mask.resize((width // cell, height // cell), Image.Resampling.BOX)
+                entries[key] = {"mask": torch.from_numpy(np.asarray(small, np.float32) / 255)[None]}
+                bar.advance()
+            store.add(entries)
 
 
 def geometry_condition(wanted: Cut) -> Tensor:
@@ -166,8 +172,8 @@ class _Vae:
 
     def __init__(self, family: Family, model: LocalModel, device: torch.device, how: How) -> None:
         self.family, self.model, self.device, self.how = family, model, device, how
-        self.dtype = getattr(torch, how.compute_dtype)
-        self.vae = self._load(self.dtype)
+        self.vae = self._load(getattr(torch, how.compute_dtype))
+        self.exact: torch.nn.Module | None = None  # the same in float32, once it is needed
         self.most = _PICTURES * 512 * 512  # pixels in a forward pass
 
     def encode(self, pixels: Tensor, names: Sequence[str]) -> Posterior:
@@ -182,18 +188,27 @@ class _Vae:
             full = torch.cat([part, part[:1].expand(size - len(part), -1, -1, -1)]).to(self.device)
             try:
                 posterior = self.family.encode_pixels(self.vae, full)
-            except torch.OutOfMemoryError:
+                if self.how.compute_dtype != "float32":
+                    posterior = self._mended(posterior, full, names[start : start + len(part)])
+            except RuntimeError as error:  # torch.OutOfMemoryError is one; CPUs and MPS raise the plain kind
+                if not isinstance(error, torch.OutOfMemoryError) and "memory" not in str(error).lower():
+                    raise
                 self._shrink(size, area, names[start])
-                continue
-            if self.dtype != torch.float32 and not (posterior.mean.isfinite().all() and posterior.std.isfinite().all()):
-                say(
-                    f"  {names[start]}: not finite in {self.how.compute_dtype}: this and all that follow are encoded in float32"
-                )
-                self.dtype, self.vae = torch.float32, self._load(torch.float32)
                 continue
             parts.append(Posterior(posterior.mean[: len(part)], posterior.std[: len(part)]))
             start += len(part)
         return Posterior(torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts]))
+
+    def _mended(self, posterior: Posterior, full: Tensor, names: Sequence[str]) -> Posterior:
+        """Rows that are not finite done again in float32, and no others: a value must not depend on what else is encoded."""
+        fine = posterior.mean.isfinite().flatten(1).all(1) & posterior.std.isfinite().flatten(1).all(1)
+        if fine.all():
+            return posterior
+        bad = [name for name, row in zip(names, fine, strict=False) if not row]
+        say(f"  {', '.join(bad[:3])}{' …' if len(bad) > 3 else ''}: not finite in {self.how.compute_dtype}: encoded in float32")
+        self.exact = self.exact or self._load(torch.float32)
+        exact, rows = self.family.encode_pixels(self.exact, full), fine[:, None, None, None]
+        return Posterior(torch.where(rows, posterior.mean, exact.mean), torch.where(rows, posterior.std, exact.std))
 
     def _load(self, dtype: torch.dtype) -> torch.nn.Module:
         vae: torch.nn.Module = self.family.load_vae(self.model, self.device, dtype)

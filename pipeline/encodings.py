@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -29,6 +30,7 @@ SCHEMA = 1  # raise it when the meaning of stored values changes
 SHARD_BYTES = 256 * 2**20  # a shard's size aimed at; fewer, larger files cost DVC less
 
 Entry = dict[str, Tensor]
+_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "U8": 1}  # of safetensors' types
 
 
 def latent_key(pixels: str, geometry: Geometry, flipped: bool, vae: str, dtype: str) -> str:
@@ -103,6 +105,17 @@ class ContentStore:
         """Every file of the store."""
         return sorted(set(self._segment_of.values()))
 
+    def size(self, keys: Sequence[str]) -> int:
+        """Bytes of the entries' tensors, from the headers of their files."""
+        wanted, total = set(keys), 0
+        for segment in {self._segment_of[key] for key in keys}:
+            with safe_open(segment, framework="pt") as file:
+                for name in file.keys():
+                    if name.split(".")[0] in wanted:
+                        part = file.get_slice(name)
+                        total += math.prod(part.get_shape()) * _BYTES[part.get_dtype()]
+        return total
+
     def read(self, keys: Iterable[str], part: str | None = None) -> dict[str, Entry]:
         """The entries of these keys, which must be present, or only one part of each."""
         by_segment = defaultdict(list)
@@ -150,10 +163,8 @@ def write_encoded(out: Path, index: Index, store: ContentStore) -> None:
     for kind, keys in (("latents", latents), ("masks", masks), ("text", texts)):
         if not keys:
             continue
-        probe = store.read(keys[:1])[keys[0]]
-        total = len(keys) * sum(t.numel() * t.element_size() for t in probe.values())
         shards: dict[int, list[str]] = defaultdict(list)
-        count = _shard_count(total)
+        count = _shard_count(store.size(keys))
         for key in keys:
             shards[int(key[:8], 16) % count].append(key)
         for number, members in shards.items():

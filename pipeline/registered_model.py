@@ -33,6 +33,9 @@ class Drawing(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             dtype=torch.float32,
             use_safetensors=True,
         ).to(device)
+        scheduler = self.pipeline.scheduler
+        wanted = getattr(diffusers, settings["scheduler"]) if settings["scheduler"] else type(scheduler)
+        self.pipeline.scheduler = wanted.from_config(scheduler.config, **settings["scheduler_changes"])
         adapter = Path(context.artifacts["adapter"])
         self.pipeline.load_lora_weights(adapter.parent, weight_name=adapter.name, adapter_name="reprolora")
         self.pipeline.set_progress_bar_config(disable=True)
@@ -43,6 +46,7 @@ class Drawing(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         import torch
 
         pictures = []
+        skip = {"clip_skip": self.settings["clip_skip"]} if self.settings["clip_skip"] else {}
         for row in model_input.to_dict("records"):
             self.pipeline.set_adapters("reprolora", float(row.get("scale", 1.0)))
             image = self.pipeline(
@@ -53,6 +57,7 @@ class Drawing(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
                 width=self.settings["width"],
                 height=self.settings["height"],
                 generator=torch.Generator("cpu").manual_seed(int(row.get("seed", 0))),
+                **skip,
             ).images[0]
             buffer = io.BytesIO()
             image.save(buffer, "PNG")

@@ -188,6 +188,7 @@ def snapshot(workspace: Workspace, declaration: Declaration, params: Params) -> 
         "model": params.model.base,
         "model.vae": params.model.vae,
         "validate": params.validate_.clip_model,
+        "validate.dino_model": params.validate_.dino_model,
     }
     for key, folder in folders.items():
         if key.partition(".")[0] in declaration.params and folder and (workspace.root / folder).exists():

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.boards import mirror_pictures, mirrored_curves
 from pipeline.config import Tracking
 from pipeline.errors import UserError
 from pipeline.files import hash_json, hash_tree
@@ -59,9 +60,12 @@ class Run:
 
 def mirror(stage: Stage) -> None:
     """Mirror what this stage has just finished. Never fails the stage unless `tracking.required`."""
-    if stage.params.tracking.enabled:
-        with _open_failing(stage.params.tracking):
-            sync(stage.workspace, stage.params.tracking, only=stage.name)
+    settings = stage.params.tracking
+    if settings.enabled:
+        with _open_failing(settings):
+            sync(stage.workspace, settings, only=stage.name)
+        if stage.name == "validate" and (settings.tensorboard or settings.wandb_project):
+            mirror_pictures(stage.workspace, settings, _run_name("validate", stage.identity))
 
 
 def sync(workspace: Workspace, settings: Tracking, only: str | None = None) -> list[str]:
@@ -110,8 +114,15 @@ def live_curves(stage: Stage) -> Iterator[Callable[[list[Row]], None]]:
     if settings.required:
         connect(stage.workspace, settings)
     thread.start()
+    sections = {name: stage.params.section(name) for name in ("model", "lora", "train")}
+    boards = mirrored_curves(stage.workspace, settings, _run_name("train-lora", stage.identity), _flat(sections))
+
+    def observe(new: list[Row]) -> None:
+        rows.put(new)
+        boards(new)
+
     try:
-        yield rows.put
+        yield observe
     finally:
         rows.put(None)
         thread.join(timeout=10)
@@ -229,7 +240,7 @@ def _find_or_create(client: MlflowClient, experiment: str, run: Run, parent: str
     if not fresh:
         for found in client.search_runs([experiment], same, order_by=["attributes.start_time DESC"], max_results=1):
             return str(found.info.run_id)
-    tags = {_FINGERPRINT: run.fingerprint, _STAGE: run.stage, "mlflow.runName": f"{run.stage} {run.fingerprint[:6]}"}
+    tags = {_FINGERPRINT: run.fingerprint, _STAGE: run.stage, "mlflow.runName": _run_name(run.stage, run.fingerprint)}
     if parent:
         tags["mlflow.parentRunId"] = parent
     if commit := _commit():
@@ -327,6 +338,10 @@ def _runs_of_files(workspace: Workspace) -> list[Run]:
             )
         )
     return runs
+
+
+def _run_name(stage: str, fingerprint: str) -> str:
+    return f"{stage} {fingerprint[:6]}"
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -27,12 +27,14 @@ def main(stage: Stage) -> None:
         source = ModelSource(settings.auto_caption, settings.auto_caption_revision)
         model = resolve(source, root, "dataset.auto_caption")
         device = pick_device(stage.params.runtime.device)
-        return write_captions(pictures, model, stage.workspace.captions, device, stage.stop.check)
+        return write_captions(pictures, model, stage.workspace.captions, device, settings.background, stage.stop.check)
 
     unpacked = out / UNPACKED.relative_to(DATASET)
     prepared = prepare(root, settings, stage.stop.check, unpacked, auto_caption)
     write_manifest(out, prepared.manifest, prepared.rejects, prepared.left_out)
+    report = stage.out(DATASET_REPORT)
+    if prepared.manifest.samples:
+        write_report(report, root, prepared, settings, unpacked)  # first: it shows what the two below complain of
     refuse_too_many_rejects(prepared.rejects, settings, (out / "rejects.jsonl").relative_to(stage.workspace.home))
     refuse_nothing_to_train_on(prepared.manifest, settings)
-    write_report(stage.out(DATASET_REPORT), root, prepared, settings, unpacked)
     say(f"  {in_words(prepared)}")

@@ -70,8 +70,8 @@ def finish(project: Project, **export: Any) -> Project:
     write_text(root / "build/dataset/manifest.jsonl", "".join(json.dumps(s) + "\n" for s in samples))
     counts = {"samples": 4, "train": 3, "held_out": 1, "rejected": 0, "distinct_captions": 1, "distinct_pictures": 4}
     write_json(root / "reports/dataset/summary.json", {**counts, "sizes": {"32×32": 4}})
-    rows = "".join(f"{step},{1 / (step + 1)},0.01\n" for step in range(6))
-    write_text(root / "reports/train/curve.csv", "step,loss,learning_rate\n" + rows)
+    rows = "".join(f"{step},{1 / (step + 1)},0.01,1\n" for step in range(6))
+    write_text(root / "reports/train/curve.csv", "step,loss,learning_rate,grad_norm\n" + rows)
     report = root / "reports/validate"
     write_json(report / "metrics.json", {"held_out_loss": 0.5, "base_held_out_loss": 1.0, "held_out_loss_ratio": 0.5})
     settings = params.section("validate")
@@ -90,7 +90,9 @@ def finish(project: Project, **export: Any) -> Project:
     for name in ("before-after.png", "scales.png"):
         Image.new("RGB", (8, 8)).save(report / name)
     for prompt in settings["prompts"]:
-        Image.new("RGB", (32, 32)).save(report / "samples" / Shot(prompt, settings["seeds"][0], 1.0).file_name)
+        for scale in (0.0, *settings["scales"]):
+            Image.new("RGB", (32, 32)).save(report / "samples" / Shot(prompt, settings["seeds"][0], scale).file_name)
+    Image.new("RGB", (8, 8)).save(root / "reports/dataset/contact-sheet.png")
     return project
 
 

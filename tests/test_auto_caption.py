@@ -44,10 +44,10 @@ def test_captions_are_written_once_per_picture_and_model(
     blip: LocalModel, pictures_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pictures = [(path, path.stem) for path in sorted(pictures_folder.glob("*.png"))]
-    first = write_captions(pictures, blip, tmp_path, CPU, lambda: None)
+    first = write_captions(pictures, blip, tmp_path, CPU, "#ffffff", lambda: None)
     assert len(first) == len(pictures) and all(isinstance(c, str) and c for c in first)
     monkeypatch.setattr(Captioner, "__call__", lambda self, paths: pytest.fail("a caption is written twice"))
-    assert write_captions(pictures, blip, tmp_path, CPU, lambda: None) == first
+    assert write_captions(pictures, blip, tmp_path, CPU, "#ffffff", lambda: None) == first
 
 
 def test_the_captions_are_the_librarys_own(blip: LocalModel, pictures_folder: Path) -> None:
@@ -58,7 +58,7 @@ def test_the_captions_are_the_librarys_own(blip: LocalModel, pictures_folder: Pa
     pixels = BlipImageProcessorPil.from_pretrained(blip.path)(Image.open(path).convert("RGB"), return_tensors="pt").pixel_values
     tokens = model.generate(pixel_values=pixels, max_new_tokens=60, do_sample=False)
     wanted = AutoTokenizer.from_pretrained(blip.path).decode(tokens[0], skip_special_tokens=True)
-    assert Captioner(blip, CPU)([path]) == [wanted.strip() or "a picture"]
+    assert Captioner(blip, CPU, "#ffffff")([path]) == [wanted.strip() or "a picture"]
 
 
 def test_only_pictures_without_a_caption_get_one(blip: LocalModel, tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_only_pictures_without_a_caption_get_one(blip: LocalModel, tmp_path: Pat
 
     def auto(pictures: list[tuple[Path, str]]) -> list[str]:
         asked.extend(path.name for path, _ in pictures)
-        return write_captions(pictures, blip, tmp_path / "kept", CPU, lambda: None)
+        return write_captions(pictures, blip, tmp_path / "kept", CPU, "#ffffff", lambda: None)
 
     settings = Dataset(
         path="data", resolution=32, missing_caption="auto", auto_caption="x", held_out_fraction=0.0, trigger="zyx"

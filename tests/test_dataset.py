@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms
 
 from pipeline.config import Dataset
 from pipeline.dataset.captions import with_trigger
@@ -229,14 +229,26 @@ def test_trigger_is_put_in_front_once() -> None:
 
 
 def test_mutated_files_are_accepted_or_rejected_and_nothing_else(folder: Path) -> None:
-    """500 damaged copies of pictures and captions: whatever the bytes, a reason or a sample."""
+    """More than 1,000 damaged pictures and as many captions: whatever the bytes, a reason or a sample."""
     rng = np.random.default_rng(1)
+
+    def noise() -> Image.Image:
+        return Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8))
+
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    kinds = {"a.webp": noise(), "b.tif": noise().convert("CMYK"), "c.bmp": noise().convert("P"), "d.jpg": noise()}
+    kinds |= {"e.png": Image.fromarray(rng.integers(0, 65535, (40, 40), dtype=np.uint16)), "f.png": noise().convert("RGBA")}
+    for name, image in kinds.items():
+        image.save(folder / name, **({"exif": exif, "icc_profile": profile} if name == "d.jpg" else {}))
+        (folder / name).with_suffix(".txt").write_text(f"picture {name}")
     Image.open(folder / "001.png").convert("RGB").resize((40, 40)).save(folder / "001.jpg", quality=60)
     (folder / "001.png").unlink()
     Image.open(folder / "002.png").save(folder / "002.gif")
     (folder / "002.png").unlink()
     originals = {p: p.read_bytes() for p in sorted(folder.iterdir())}
-    for _ in range(50):
+    for _ in range(80):
         for path, data in originals.items():
             broken = bytearray(data)
             for _ in range(int(rng.integers(1, 6))):
@@ -246,3 +258,4 @@ def test_mutated_files_are_accepted_or_rejected_and_nothing_else(folder: Path) -
         named = {s.path for s in manifest.samples} | {r.path for r in rejects}
         assert {p.name for p in originals if p.suffix != ".txt"} <= named
         assert all(r.reason for r in rejects)
+    assert 80 * sum(p.suffix != ".txt" for p in originals) >= 1000

@@ -222,7 +222,7 @@ def test_shards_are_settled_by_key_and_one_new_sample_rewrites_one(tmp_path: Pat
     empty = hash_json("")[:32]
     store.add({empty: {"hidden": torch.zeros(2, 4)}})
     samples = tuple(sample(i) for i in range(40))
-    index = Index("sd", "float32", 0, empty, samples[:39])
+    index = Index("sd", "float32", 0, 1, empty, samples[:39])
     write_encoded(tmp_path / "a", index, store)
     write_encoded(tmp_path / "b", replace(index, samples=samples), store)
     a, b = hash_tree(tmp_path / "a"), hash_tree(tmp_path / "b")

@@ -23,7 +23,10 @@ COMMANDS = (
     "fetch",
     "gating",
     "generate",
-    "history",
+    "playground",
+    "quiet_torchrun",
+    "registered_model",
+    "studio",
     "summary",
 )
 STAGES = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]

@@ -64,6 +64,17 @@ def test_a_clean_clone_seeds_itself_from_the_remote(
     assert done.returncode == 0, done.stdout + done.stderr
     assert "21 encodings taken over from the last recorded run" in done.stdout
     assert "encoded 1 pictures and 1 captions" in done.stdout
+    clone.path("data/002.txt").write_text("another caption")
+    assert encoded(clone) == (0, 1)
+    Image.new("RGB", (32, 32), (1, 99, 199)).save(clone.path("data/003.png"))
+    assert encoded(clone) == (1, 0)
+    for ending in (".png", ".txt"):
+        shutil.move(clone.path(f"data/004{ending}"), clone.path(f"data/zzz{ending}"))
+    assert encoded(clone) == (0, 0)
+    clone.set("dataset", resolution=24)
+    assert encoded(clone)[0] == 11
+    clone.set("dataset", resolution=32)
+    assert encoded(clone) == (0, 0)
 
 
 def test_two_processes_give_the_bytes_of_one(new_project: Callable[[], Project]) -> None:

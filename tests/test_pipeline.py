@@ -24,7 +24,8 @@ OUTS = ("build", "reports", "dist")
 
 
 def outs(project: Project) -> dict[str, str]:
-    return {f"{top}/{name}": digest for top in OUTS for name, digest in hash_tree(project.path(top)).items()}
+    found = {f"{top}/{name}": digest for top in OUTS for name, digest in hash_tree(project.path(top)).items()}
+    return {name: digest for name, digest in found.items() if name != "reports/index.html"}  # the page is tracked by nothing
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ def test_export_and_gate_run_export(project: Project) -> None:
     assert "FAILED" in project.path("dist/adapter/README.md").read_text()
     project.set("gate", no_such_metric={"max": 1.0})
     done = project.cli("run")
-    assert done.returncode == 2 and "gate.no_such_metric" in done.stderr and "'held_out_loss_ratio'" in done.stderr
+    assert done.returncode == 2 and "gate.no_such_metric" in done.stderr and "held_out_loss_ratio" in done.stderr
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ def settings(**changes: object) -> Dataset:
 
 def scan(folder: Path, **changes: Any) -> Scan:
     chosen = settings(**changes)
-    return source_of(folder, chosen.format).scan(folder, chosen, folder.parent / "unpacked", lambda: None)
+    return source_of(folder, chosen).scan(folder, chosen, folder.parent / "unpacked", lambda: None)
 
 
 def captions(result: Scan) -> dict[str, tuple[str, ...]]:
@@ -245,7 +245,7 @@ ALL = [(write, format) for write, format, _ in FORMS] + PACKED
 @pytest.mark.parametrize(("write", "format", "expected"), FORMS, ids=lambda v: getattr(v, "__name__", ""))
 def test_every_picture_meets_its_caption(folder: Path, write: Any, format: str, expected: Any) -> None:
     write(folder)
-    assert source_of(folder, "auto").name == format
+    assert source_of(folder, settings()).name == format
     for named in ("auto", format):
         result = scan(folder, format=named)
         assert captions(result) == expected and not result.rejects
@@ -257,7 +257,7 @@ def test_every_picture_meets_its_caption(folder: Path, write: Any, format: str, 
 def test_packed_pictures_come_out_byte_for_byte_and_once(folder: Path, write: Any, format: str) -> None:
     write(folder)
     result = scan(folder)
-    assert source_of(folder, "auto").name == format and not result.rejects and len(result.found) == 6
+    assert source_of(folder, settings()).name == format and not result.rejects and len(result.found) == 6
     unpacked = folder.parent / "unpacked"
     whole = {}
     for item in result.found:
@@ -359,7 +359,7 @@ def test_a_stop_is_heeded_and_nothing_is_asked_of_a_network(
             raise Interrupted("now")
 
         with pytest.raises(Interrupted):
-            source_of(folder, "auto").scan(folder, settings(), folder.parent / "unpacked", stop)
+            source_of(folder, settings()).scan(folder, settings(), folder.parent / "unpacked", stop)
 
 
 def test_memory_is_one_row_groups_however_long_the_file(folder: Path) -> None:
@@ -406,16 +406,16 @@ def test_a_named_format_that_does_not_fit_is_said(folder: Path, format: str) -> 
 
 def test_no_folder_and_mixed_forms(folder: Path) -> None:
     with pytest.raises(UserError, match="is no folder"):
-        source_of(folder / "nowhere", "auto")
+        source_of(folder / "nowhere", settings())
     tar_shards(folder)
     put(folder / "preview.png", picture(9))
     with pytest.raises(UserError, match=r"holds webdataset files and loose pictures"):
-        source_of(folder, "auto")
+        source_of(folder, settings())
     assert len(scan(folder, format="webdataset").found) == 6
     (folder / "preview.png").unlink()
     hub_export(folder)
     with pytest.raises(UserError, match=r"holds parquet files and webdataset"):
-        source_of(folder, "auto")
+        source_of(folder, settings())
 
 
 def test_a_missing_caption_column_names_those_that_are_there(folder: Path) -> None:

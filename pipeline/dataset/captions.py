@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,4 +31,6 @@ def dress(caption: str, prefix: str, suffix: str, template: str) -> str:
 
 def with_trigger(caption: str, trigger: str) -> str:
     """The caption with the trigger word in front, unless it holds it already."""
-    return caption if not trigger or trigger in caption else f"{trigger}, {caption}"
+    if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption):  # "sks" is not in "two desks"
+        return caption
+    return f"{trigger}, {caption}"

@@ -13,6 +13,8 @@ from pipeline.dataset.images import BadImage
 
 Size = tuple[int, int]  # width, height in pixels
 
+_LARGEST = 2**28  # pixels of a whole picture after resizing
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -97,5 +99,10 @@ def buckets(resolution: int, step: int, min_side: int, max_side: int) -> tuple[S
 
 def cut(image: Image.Image, geometry: Geometry) -> Image.Image:
     """Apply a geometry: the picture (or mask) that the model sees."""
+    if geometry.resized[0] * geometry.resized[1] > _LARGEST:  # a thread of a picture, enlarged: only what is kept of it is made
+        across, down = (r / o for r, o in zip(geometry.resized, image.size, strict=True))
+        left, top, right, bottom = geometry.crop
+        box = (left / across, top / down, right / across, bottom / down)
+        return image.resize(geometry.size, Image.Resampling.LANCZOS, box)
     resized = image if image.size == geometry.resized else image.resize(geometry.resized, Image.Resampling.LANCZOS)
     return resized.crop(geometry.crop)

@@ -25,7 +25,8 @@ from pipeline.dataset.rows import (
     sorted_scan,
     unfit,
 )
-from pipeline.dataset.source import Found, Reject, Scan, is_image, is_inside, visible_files
+from pipeline.dataset.sidecar import caption_extensions
+from pipeline.dataset.source import Found, Reject, Scan, captions_needed, is_image, is_inside, visible_files
 from pipeline.errors import UserError
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -41,8 +42,8 @@ class ImageFolder:
 
     name = "imagefolder"
 
-    def detect(self, folder: Path) -> bool:
-        return any(names_like(folder, name) for name in METADATA) or _has_class_folders(folder)
+    def detect(self, folder: Path, settings: Dataset) -> bool:
+        return any(names_like(folder, name) for name in METADATA) or _has_class_folders(folder, settings)
 
     def scan(self, folder: Path, settings: Dataset, unpacked: Path, check_stop: Callable[[], None]) -> Scan:
         files = visible_files(folder)
@@ -82,10 +83,10 @@ class ImageFolder:
         return sorted_scan(found, rejects)
 
 
-def _has_class_folders(folder: Path) -> bool:
+def _has_class_folders(folder: Path, settings: Dataset) -> bool:
     """As `datasets` takes it: every picture lies in a sub-folder, and there are two of them or more; and no captions."""
     names = visible_files(folder)
-    if any(Path(name).suffix in (".txt", ".caption") for name in names):
+    if any(Path(name).suffix.lower() in (".txt", *caption_extensions(settings)) for name in names):
         return False
     parents = {name.rpartition("/")[0] for name in names if is_image(name)}
     return len(parents) > 1 and "" not in parents
@@ -97,7 +98,7 @@ def _file_name(row: Row, settings: Dataset) -> object:
 
 
 def _refuse_without_captions(table: str, columns: set[str], settings: Dataset) -> None:
-    if columns and settings.missing_caption == "refuse" and not columns & {settings.caption_column, *CAPTION_COLUMNS}:
+    if columns and captions_needed(settings) and not columns & {settings.caption_column, *CAPTION_COLUMNS}:
         raise UserError(
             f"dataset.caption_column: {shown(table)} has no column {settings.caption_column}; it has "
             f"{', '.join(shown(name) for name in sorted(columns)[:20])}: name the one that holds the captions"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import struct
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,6 @@ _FORMATS = {
     ".tiff": {"TIFF"},
     ".gif": {"GIF"},
 }
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError, OverflowError, struct.error)
 
 
 class BadImage(Exception):
@@ -59,12 +57,16 @@ def decode(path: Path, max_pixels: int, background: str = "#ffffff") -> Picture:
                 frames = getattr(image, "n_frames", 1)
                 image.load()
                 return _picture(image, frames, background)
+    except BadImage:
+        raise
     except UnidentifiedImageError:
         raise BadImage("is not a picture that can be read") from None
     except Image.DecompressionBombError as error:
         raise BadImage(f"is too large: {error}") from None
-    except _DAMAGE as error:
-        raise BadImage(f"is damaged: {error}") from None
+    except OSError as error:  # without the path, which is another on every machine
+        raise BadImage(f"is damaged: {error.strerror or error}") from None
+    except Exception as error:  # whatever a damaged file makes a decoder raise
+        raise BadImage(f"is damaged: {error or type(error).__name__}") from None
 
 
 def read_mask(path: Path, size: tuple[int, int], max_pixels: int) -> Image.Image:

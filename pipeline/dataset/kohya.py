@@ -23,7 +23,7 @@ class Kohya:
 
     name = "kohya"
 
-    def detect(self, folder: Path) -> bool:
+    def detect(self, folder: Path, settings: Dataset) -> bool:
         return any(_FOLDER.match(p.name) and p.is_dir() for p in folder.iterdir())
 
     def scan(self, folder: Path, settings: Dataset, unpacked: Path, check_stop: Callable[[], None]) -> Scan:

@@ -36,7 +36,7 @@ class KohyaJson:
 
     name = "kohya-json"
 
-    def detect(self, folder: Path) -> bool:
+    def detect(self, folder: Path, settings: Dataset) -> bool:
         return any(p.is_file() for pattern in ("meta_*.json", "meta_*.jsonl") for p in folder.glob(pattern))
 
     def scan(self, folder: Path, settings: Dataset, unpacked: Path, check_stop: Callable[[], None]) -> Scan:

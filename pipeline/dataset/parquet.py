@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.config import Dataset
 from pipeline.dataset.rows import CAPTION_COLUMNS, LINK_OUT, caption_value, captions_of, names_like, shown, sorted_scan, unfit
-from pipeline.dataset.source import Found, Reject, Scan, is_inside
+from pipeline.dataset.source import Found, Reject, Scan, captions_needed, is_inside
 from pipeline.dataset.unpack import unpack
 from pipeline.errors import UserError
 
@@ -27,7 +27,7 @@ class Parquet:
 
     name = "parquet"
 
-    def detect(self, folder: Path) -> bool:
+    def detect(self, folder: Path, settings: Dataset) -> bool:
         return bool(_tables(folder))
 
     def scan(self, folder: Path, settings: Dataset, unpacked: Path, check_stop: Callable[[], None]) -> Scan:
@@ -130,7 +130,7 @@ def _picture_column(features: Mapping[str, Any], settings: Dataset) -> str:
 
 
 def _refuse_without_captions(path: Path, columns: list[str], settings: Dataset) -> None:
-    if settings.missing_caption == "refuse" and not {settings.caption_column, *CAPTION_COLUMNS} & set(columns):
+    if captions_needed(settings) and not {settings.caption_column, *CAPTION_COLUMNS} & set(columns):
         raise UserError(
             f"dataset.caption_column: {path} has no column {settings.caption_column}; it has "
             f"{', '.join(shown(name) for name in columns[:20])}: name the one that holds the captions"

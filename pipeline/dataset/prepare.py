@@ -19,7 +19,7 @@ from pipeline.dataset.duplicates import Likeness, likeness, near_pairs
 from pipeline.dataset.geometry import Geometry, bucket, fit, square
 from pipeline.dataset.images import BadImage, Picture, decode, hash_pixels, read_mask
 from pipeline.dataset.manifest import Manifest, Mask, Sample, split_of
-from pipeline.dataset.source import IMAGE_EXTENSIONS, Found, Reject, require_folder
+from pipeline.dataset.source import IMAGE_EXTENSIONS, Found, Reject, is_image, is_inside, require_folder, visible_files
 from pipeline.dataset.sources import source_of
 from pipeline.errors import UserError
 from pipeline.progress import progress
@@ -167,23 +167,51 @@ def scan_concepts(
     rejects: list[Reject] = []
     for concept, place in zip(concepts, places, strict=True):
         prefix = "" if place == folder.resolve() else place.relative_to(folder.resolve()).as_posix() + "/"
-        scan = source_of(place, concept.format or settings.format).scan(place, settings, unpacked, check_stop)
+        own = _as_concept(settings, concept)
+        scan = source_of(place, own).scan(place, own, unpacked, check_stop)
         masks = concept.masks or settings.masks
         mask_folder = None if masks in (None, "alpha") else (folder / str(masks)).resolve()
-        if mask_folder and not mask_folder.is_dir():
-            raise UserError(f"dataset.masks: {mask_folder} is no folder: give `alpha`, or a folder in dataset.path")
+        if mask_folder and not (mask_folder.is_dir() and mask_folder.is_relative_to(folder.resolve())):
+            raise UserError(f"dataset.masks: {mask_folder} is no folder in {folder}: give `alpha`, or a folder in dataset.path")
         for found in scan.found:
             file = (unpacked if found.unpacked else place) / found.path
             if mask_folder and file.resolve().is_relative_to(mask_folder):
                 continue  # a mask, which the source took for a picture
-            mask = _mask_of(mask_folder, found.path) if mask_folder else None
-            no_mask = f"has no mask in {masks}" if mask_folder and not mask else ""
             path = found.path if found.unpacked else prefix + found.path
+            # a concept's own masks go by the names in it, those of the whole dataset by the names in that
+            mask = _mask_of(mask_folder, found.path if concept.masks else path) if mask_folder else None
+            if mask and not is_inside(mask, folder):
+                rejects.append(Reject(path, f"has a mask that is a link out of the dataset's folder: {masks}"))
+                continue
+            no_mask = f"has no mask in {masks}" if mask_folder and not mask else ""
             items.append(Item(replace(found, path=path), concept, file, mask, no_mask))
         for reject in scan.rejects:
-            if not (mask_folder and (place / reject.path).resolve().is_relative_to(mask_folder)):
+            if not (mask_folder and (place / reject.path).is_relative_to(mask_folder)):
                 rejects.append(Reject(prefix + reject.path, reject.reason))
+    if settings.concepts:
+        covered = {place.relative_to(folder.resolve()).as_posix() + "/" for place in places}
+        rejects += [
+            Reject(name, "lies in none of dataset.concepts")
+            for name in visible_files(folder)
+            if is_image(name)
+            and name.isprintable()
+            and not name.startswith(tuple(covered))
+            and not _is_mask(name, folder, settings)
+        ]
     return sorted(items, key=lambda i: i.found.path), rejects
+
+
+def _as_concept(settings: Dataset, concept: Concept) -> Dataset:
+    """The settings as the source of one concept is to see them."""
+    own: dict[str, object] = {"format": concept.format or settings.format}
+    if concept.instance_prompt:
+        own["instance_prompt"] = concept.instance_prompt
+    return settings.model_copy(update=own)
+
+
+def _is_mask(name: str, folder: Path, settings: Dataset) -> bool:
+    folders = [m for m in (settings.masks, *(c.masks for c in settings.concepts)) if m and m != "alpha"]
+    return any((folder / name).resolve().is_relative_to((folder / masks).resolve()) for masks in folders)
 
 
 def _place(concept: Concept, folder: Path) -> Path:
@@ -268,7 +296,8 @@ def _captions(seen: list[_Seen], settings: Dataset, auto_caption: AutoCaption | 
     for look in seen:
         found, concept = look.item.found, look.item.concept
         instance = concept.instance_prompt or (None if concept.regularisation else settings.instance_prompt)
-        named = (found.class_name or Path(concept.path).name) if settings.missing_caption == "folder-name" else ""
+        folder_name = found.class_name or Path(concept.path).name or Path(settings.path).name
+        named = folder_name if settings.missing_caption == "folder-name" else ""
         raw.append(found.captions or ((instance,) if instance else (named,) if named else ()))
     if settings.missing_caption == "auto" and auto_caption:
         without = [i for i, captions in enumerate(raw) if not captions]

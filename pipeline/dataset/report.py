@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -115,7 +116,7 @@ def _cell(file: Path, sample: Sample, settings: Dataset) -> Image.Image:
 
 def _by_reason(reasons: Iterable[str]) -> dict[str, int]:
     """Counts by reason, with the numbers and names in it left out, so that like faults stand together."""
-    return _counted(reason.split(":")[0] if len(reason) > 60 else reason for reason in reasons)
+    return _counted(re.sub(r"\S*\d\S*", "…", reason.split(":")[0])[:100] for reason in reasons)
 
 
 def _counted(values: Iterable[str]) -> dict[str, int]:

@@ -13,6 +13,7 @@ from pipeline.dataset.source import (
     Reject,
     Scan,
     clean_caption,
+    foreign_pictures,
     is_image,
     is_inside,
     read_text_file,
@@ -26,7 +27,7 @@ class Sidecar:
 
     name = "sidecar"
 
-    def detect(self, folder: Path) -> bool:
+    def detect(self, folder: Path, settings: Dataset) -> bool:
         return True  # the plainest form: what a folder is taken for when it is nothing else
 
     def scan(self, folder: Path, settings: Dataset, unpacked: Path, check_stop: Callable[[], None]) -> Scan:
@@ -51,7 +52,7 @@ def pair(
         pictures, captions: relative name -> stem; a caption belongs to the picture of the same stem.
         settings: for the extensions, the first of which wins, and for `caption_lines`.
     """
-    named = {(stem, Path(name).suffix): name for name, stem in captions.items()}
+    named = {(stem, Path(name).suffix.lower()): name for name, stem in captions.items()}
     found: list[Found] = []
     rejects: list[Reject] = []
     taken: dict[str, str] = {}
@@ -73,7 +74,9 @@ def pair(
                 rejects.append(Reject(name, f"{beside[0]}: {fault}"))
             else:
                 found.append(Found(name, variants, class_name=class_name))
-    stems = set(pictures.values())
+    foreign = foreign_pictures(files)
+    rejects += foreign
+    stems = {*pictures.values(), *(stem_of(reject.path) for reject in foreign)}
     lonely = [name for name, stem in captions.items() if stem not in stems]
     rejects += [Reject(shown(name), "is a caption without a picture of the same name") for name in lonely]
     return sorted_scan(found, rejects)
@@ -81,12 +84,12 @@ def pair(
 
 def caption_extensions(settings: Dataset) -> tuple[str, ...]:
     """The extensions of caption files, the first that is there wins."""
-    return tuple(dict.fromkeys((settings.caption_extension, ".caption")))
+    return tuple(dict.fromkeys((settings.caption_extension.lower(), ".caption")))
 
 
 def is_caption(name: str, settings: Dataset) -> bool:
     """Whether the file's name says that it is a caption."""
-    return Path(name).suffix in caption_extensions(settings)
+    return Path(name).suffix.lower() in caption_extensions(settings)
 
 
 def stem_of(name: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -10,6 +10,8 @@ from typing import Protocol
 from pipeline.config import Dataset
 from pipeline.errors import UserError
 
+# pictures that Pillow reads only with plug-ins, or not at all: named, so that none goes missing without a word
+FOREIGN_EXTENSIONS = (".heic", ".heif", ".avif", ".jfif", ".jxl", ".jp2", ".svg", ".raw", ".cr2", ".nef", ".dng", ".psd")
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 MAX_CAPTION_CHARACTERS = 10_000
 
@@ -47,7 +49,7 @@ class Source(Protocol):
 
     name: str  # as in `dataset.format`
 
-    def detect(self, folder: Path) -> bool:
+    def detect(self, folder: Path, settings: Dataset) -> bool:
         """Whether the folder is kept in this way; looks at names alone."""
 
     def scan(self, folder: Path, settings: Dataset, unpacked: Path, check_stop: Callable[[], None]) -> Scan:
@@ -69,9 +71,23 @@ def is_image(name: str) -> bool:
     return Path(name).suffix.lower() in IMAGE_EXTENSIONS
 
 
+def foreign_pictures(names: Iterable[str]) -> list[Reject]:
+    """The files that are pictures in a format that is not read here."""
+    return [
+        Reject(name, f"is a picture in a format that is not read here: convert it to one of {', '.join(IMAGE_EXTENSIONS)}")
+        for name in names
+        if Path(name).suffix.lower() in FOREIGN_EXTENSIONS and name.isprintable()
+    ]
+
+
 def is_inside(path: Path, folder: Path) -> bool:
     """Whether the path, links followed, lies in the folder."""
     return path.resolve().is_relative_to(folder.resolve())
+
+
+def captions_needed(settings: Dataset) -> bool:
+    """Whether pictures without a caption are refused: nothing else gives them one."""
+    return settings.missing_caption == "refuse" and not settings.instance_prompt
 
 
 def require_folder(folder: Path) -> None:

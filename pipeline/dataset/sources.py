@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.config import Format
+from pipeline.config import Dataset
 from pipeline.dataset import imagefolder, kohya, kohya_json, parquet, sidecar, two_folders, webdataset
 from pipeline.dataset.source import IMAGE_EXTENSIONS, Source, require_folder
 from pipeline.errors import UserError
@@ -12,26 +12,26 @@ from pipeline.errors import UserError
 # In the order in which they are asked: what is most particular first. Sidecar takes every folder.
 SOURCES: tuple[Source, ...] = (
     kohya_json.SOURCE,
+    kohya.SOURCE,
     imagefolder.SOURCE,
     parquet.SOURCE,
     webdataset.SOURCE,
-    kohya.SOURCE,
     two_folders.SOURCE,
     sidecar.SOURCE,
 )
 _PACKED: tuple[Source, ...] = (parquet.SOURCE, webdataset.SOURCE)
 
 
-def source_of(folder: Path, format: Format) -> Source:
+def source_of(folder: Path, settings: Dataset) -> Source:
     """The source for `dataset.format`; `auto` looks at the names in the folder.
 
     Raises:
         UserError: no such folder; or, under `auto`, archives of pictures with something else beside them.
     """
     require_folder(folder)
-    if format != "auto":
-        return next(source for source in SOURCES if source.name == format)
-    packed = [source.name for source in _PACKED if source.detect(folder)]
+    if settings.format != "auto":
+        return next(source for source in SOURCES if source.name == settings.format)
+    packed = [source.name for source in _PACKED if source.detect(folder, settings)]
     if packed:
         loose = any(path.suffix.lower() in IMAGE_EXTENSIONS for path in folder.rglob("*") if not _hidden(path, folder))
         if loose or len(packed) > 1:
@@ -41,7 +41,7 @@ def source_of(folder: Path, format: Format) -> Source:
                 f"dataset.format: {folder} holds {packed[0]} files and {beside}, and one of them would be left out: "
                 f"set it to {packed[0]}, or to {other}"
             )
-    return next(source for source in SOURCES if source.detect(folder))
+    return next(source for source in SOURCES if source.detect(folder, settings))
 
 
 def _hidden(path: Path, folder: Path) -> bool:

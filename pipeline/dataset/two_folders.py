@@ -19,7 +19,7 @@ class TwoFolders:
 
     name = "two-folders"
 
-    def detect(self, folder: Path) -> bool:
+    def detect(self, folder: Path, settings: Dataset) -> bool:
         return (folder / _PICTURES).is_dir() and any((folder / name).is_dir() for name in _CAPTIONS)
 
     def scan(self, folder: Path, settings: Dataset, unpacked: Path, check_stop: Callable[[], None]) -> Scan:
@@ -32,7 +32,7 @@ class TwoFolders:
             for name in files
             if name.startswith(prefix) and is_caption(name, settings)
         }
-        if not pictures or not self.detect(folder):
+        if not pictures or not self.detect(folder, settings):
             raise unfit(folder, self.name, "pictures are looked for in images/, captions in texts/ or captions/ beside it")
         paired = pair(folder, files, pictures, captions, settings)
         elsewhere = [Reject(name, "lies outside images/") for name in images if name.isprintable() and name not in pictures]

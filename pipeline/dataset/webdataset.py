@@ -41,7 +41,7 @@ class WebDataset:
 
     name = "webdataset"
 
-    def detect(self, folder: Path) -> bool:
+    def detect(self, folder: Path, settings: Dataset) -> bool:
         return bool(_shards(folder))
 
     def scan(self, folder: Path, settings: Dataset, unpacked: Path, check_stop: Callable[[], None]) -> Scan:

@@ -62,6 +62,11 @@ def use_scheduler(pipeline: Any, name: str, changes: Mapping[str, Any] | None = 
     pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **(changes or {}))
 
 
+def scheduler_class(name: str) -> str | None:
+    """diffusers' class of a scheduler; None for the base's own."""
+    return None if name == "base" else _SCHEDULERS[name][1]
+
+
 def sampling_changes(prediction: str, zero_terminal_snr: bool) -> dict[str, Any]:
     """What `model.prediction` and `model.zero_terminal_snr` mean to a diffusers scheduler.
 

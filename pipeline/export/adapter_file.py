@@ -79,7 +79,7 @@ def format_of(keys: list[str], where: object) -> Format:
     raise UserError(f"{where}: no adapter for Stable Diffusion in a format that is known here: it holds {shown} …")
 
 
-def load_into(pipeline: Any, path: Path, scale: float = 1.0, layers_per_block: int = 2) -> str:
+def load_into(pipeline: Any, path: Path, scale: float = 1.0, layers_per_block: int = 2, name: str = _NAME) -> str:
     """Load an adapter file into a diffusers pipeline and weigh it.
 
     Returns:
@@ -92,13 +92,13 @@ def load_into(pipeline: Any, path: Path, scale: float = 1.0, layers_per_block: i
         if kinds & {"lora", "dora"}:
             raise UserError(f"{path}: layers of several kinds ({', '.join(sorted(kinds))}) in one file cannot be loaded")
         for component in file.adapter.components:
-            attach(getattr(pipeline, component), file.adapter.of(component), _NAME, scale)
+            attach(getattr(pipeline, component), file.adapter.of(component), name, scale)
         return "PEFT"
     if "dora" in kinds and file.format == "kohya":
         # PEFT's config is made from the names alone here, with α = rank: what the tensors are scaled to
-        pipeline.load_lora_weights(diffusers_tensors(file.adapter), adapter_name=_NAME)
-        pipeline.set_adapters(_NAME, scale)
+        pipeline.load_lora_weights(diffusers_tensors(file.adapter), adapter_name=name)
+        pipeline.set_adapters(name, scale)
         return "diffusers, the DoRA scales renamed"
-    pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=_NAME, local_files_only=True)
-    pipeline.set_adapters(_NAME, scale)
+    pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name, local_files_only=True)
+    pipeline.set_adapters(name, scale)
     return "diffusers"
