@@ -146,7 +146,8 @@ def bare(folder: Path) -> dict[str, float]:
 def measured(start: float, count: int) -> dict[str, float]:
     """Seconds, pictures a second and peak memory since the process began."""
     seconds = time.perf_counter() - start
-    mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # this process, or the largest of its decoding workers
+    mib = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
     return {"seconds": seconds, "rate": count / seconds, "mib": mib}
 
 

@@ -89,9 +89,10 @@ def _load(path: Path) -> Checkpoint:
     optimiser: dict[str, Any] = {}
     for key, tensor in read_safetensors(path / "optimiser.safetensors").items():
         index, _, part = key.partition(".")
-        optimiser.setdefault(index, {})[part] = tensor
+        _put(optimiser.setdefault(index, {}), part, tensor)
     for index, numbers in state["optimiser"].items():
-        optimiser.setdefault(index, {}).update(numbers)
+        for part, number in numbers.items():
+            _put(optimiser.setdefault(index, {}), part, number)
     groups = tuple(
         optimiser.pop(name) for name in sorted((n for n in optimiser if n.startswith("group")), key=lambda n: int(n[5:]))
     )
@@ -107,16 +108,25 @@ def _load(path: Path) -> Checkpoint:
 
 
 def _split(optimiser: dict[Any, Any]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """Tensors under `<parameter>.<name>` or `group<i>.<name>`, and plain numbers apart."""
+    """Tensors under `<parameter>.<name>` or `group<i>.<name>`, and plain numbers apart. bitsandbytes nests its own: `<name>/<part>`."""
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}
     for index, values in optimiser.items():
-        for name, value in values.items():
+        nested = {f"{n}/{part}": v for n, inner in values.items() if isinstance(inner, dict) for part, v in inner.items()}
+        for name, value in {**{n: v for n, v in values.items() if not isinstance(v, dict)}, **nested}.items():
             if isinstance(value, torch.Tensor):
                 tensors[f"{index}.{name}"] = value
             else:
                 numbers.setdefault(str(index), {})[name] = value
     return tensors, numbers
+
+
+def _put(values: dict[str, Any], name: str, value: Any) -> None:
+    outer, nested, inner = name.partition("/")
+    if nested:
+        values.setdefault(outer, {})[inner] = value
+    else:
+        values[name] = value
 
 
 def _all(folder: Path) -> list[Path]:

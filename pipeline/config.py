@@ -450,6 +450,16 @@ class Params(Section):
                     f"encode.caption_chunks {self.encode.caption_chunks} is for CLIP's 75 tokens; family sd3 reads 255 with its T5: "
                     "set it to 1"
                 )
+        if self.train.text_encoder_learning_rate is not None and self.train.optimiser == "prodigy":
+            raise ValueError("train.text_encoder_learning_rate: prodigy finds one rate for all: set it to null")
+        if self.train.quantise_base and self.lora.init == "pissa":
+            raise ValueError(
+                "lora.init pissa takes the base's weights apart, which train.quantise_base has rounded: set one of them"
+            )
+        if self.lora.init_from and self.lora.text_encoder:
+            raise ValueError(
+                "lora.init_from starts the denoiser's adapter alone: set lora.text_encoder to false, or init_from to null"
+            )
         if self.train.text_encoder_learning_rate is not None and not self.lora.text_encoder:
             raise ValueError("train.text_encoder_learning_rate is set, but lora.text_encoder is false: set one of them")
         if self.lora.method != "lora" and "kohya" not in self.export.formats:
@@ -473,6 +483,8 @@ class Params(Section):
             "dino": (validate.dino_model, "validate.dino_model is null"),
             "leak": (validate.untriggered_prompts, "validate.untriggered_prompts is empty"),
             "drift": (validate.untriggered_prompts, "validate.untriggered_prompts is empty"),
+            "similarity": (self.dataset.held_out_fraction or metric == "nearest_similarity", "dataset.held_out_fraction is 0"),
+            "cmmd": (len(validate.prompts) * len(validate.seeds) > 1, "validate draws one sample"),
             "diversity": (len(validate.seeds) > 1, "validate.seeds holds one seed"),
         }
         for part, (given, lack) in needs.items():

@@ -87,6 +87,15 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
+@contextmanager
+def full_memory_is_the_users(denoiser: nn.Module, trainable: int, micro_batch: int) -> Iterator[None]:
+    """A GPU whose memory does not do is no bug of ours: say what helps."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(denoiser, trainable, micro_batch, error) from error
+
+
 def out_of_memory(denoiser: nn.Module, trainable: int, micro_batch: int, error: Exception) -> UserError:
     """What to say when the GPU's memory does not do: the shares that are known, and the settings that help most."""
     base = sum(p.numel() * p.element_size() for p in denoiser.parameters()) / 2**30

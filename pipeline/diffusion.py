@@ -103,7 +103,7 @@ class Flow:
 
     def snr(self, t: Tensor) -> Tensor:
         """((1 − σ) / σ)²."""
-        sigma = t.float() / self.steps
+        sigma = (t.float() / self.steps).clamp(min=1e-6)  # at 0 the ratio would be infinite
         return ((1 - sigma) / sigma).square()
 
     def progress(self, t: Tensor) -> Tensor:

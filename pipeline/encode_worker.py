@@ -6,6 +6,7 @@ Every process takes its share of what is to do and leaves it in the common store
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from dataclasses import asdict, replace
@@ -20,6 +21,7 @@ from pipeline.encodings import ContentStore
 from pipeline.errors import EXIT_USER_ERROR, UserError
 from pipeline.families import family
 from pipeline.files import write_json
+from pipeline.launch import leave_with_parent
 from pipeline.model_source import LocalModel
 
 
@@ -53,6 +55,8 @@ def main(path: Path) -> None:
         sys.exit(128 + number)  # unwinds, so that what is encoded is kept
 
     signal.signal(signal.SIGTERM, leave)
+    if "WORLD_SIZE" in os.environ:
+        leave_with_parent()
     job = json.loads(path.read_text(encoding="utf-8"))
     root, store = Path(job["root"]), ContentStore(Path(job["store"]))
     runtime = load_params(root / "params.yaml").runtime

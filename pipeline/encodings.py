@@ -27,7 +27,7 @@ from pipeline.progress import say
 from pipeline.safetensors_file import write_safetensors
 
 SCHEMA = 1  # raise it when the meaning of stored values changes
-SHARD_BYTES = 256 * 2**20  # a shard's size aimed at; fewer, larger files cost DVC less
+SHARD_BYTES = 64 * 2**20  # held in memory while it is written; a shard's size aimed at; fewer, larger files cost DVC less
 
 Entry = dict[str, Tensor]
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "U8": 1}  # of safetensors' types

@@ -38,6 +38,20 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 @contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A path to write to, which becomes `path`, safe on disk, when the block ends well and vanishes when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
     """A fresh folder that becomes `path` when the block ends well and vanishes when it does not. `path` must not exist."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")

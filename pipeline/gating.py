@@ -8,6 +8,7 @@ from pipeline.config import load_params
 from pipeline.errors import UserError
 from pipeline.evaluate.gate import Finding, compare, judge
 from pipeline.history import metrics_at
+from pipeline.metrics import DEFINITIONS
 from pipeline.workspace import VALIDATE_REPORT, Workspace
 
 
@@ -24,5 +25,8 @@ def verdict(workspace: Workspace, against: str | None, tolerance: float) -> list
     thresholds = load_params(workspace.params).gate
     findings = judge(metrics, thresholds)
     if against:
-        findings += compare(metrics, metrics_at(workspace, against), list(thresholds), tolerance, against)
+        counted = list(thresholds) or [
+            name for name in metrics if name in DEFINITIONS
+        ]  # no gate: everything that has a direction
+        findings += compare(metrics, metrics_at(workspace, against), counted, tolerance, against)
     return findings

@@ -4,33 +4,36 @@ from __future__ import annotations
 
 import json
 import subprocess
-from typing import Any
 
 from ruamel.yaml import YAML
 
+from pipeline.config import Params, check_params
 from pipeline.errors import UserError
 from pipeline.workspace import VALIDATE_REPORT, Workspace
 
 
-def metrics_at(workspace: Workspace, revision: str) -> dict[str, float]:
+def metrics_at(workspace: Workspace, revision: str) -> dict[str, float | None]:
     """The validation's metrics of a commit, tag, branch or experiment, from DVC's cache or remote.
 
     Raises:
         UserError: there is no such revision, or its metrics are nowhere.
     """
-    loaded: dict[str, float] = json.loads(bytes_at(workspace, revision, f"{VALIDATE_REPORT}/metrics.json"))
+    loaded: dict[str, float | None] = json.loads(bytes_at(workspace, revision, f"{VALIDATE_REPORT}/metrics.json"))
     return loaded
 
 
-def params_at(workspace: Workspace, revision: str) -> dict[str, Any]:
-    """`params.yaml` of a revision, as plain values."""
+def params_at(workspace: Workspace, revision: str) -> Params:
+    """`params.yaml` of a revision.
+
+    Raises:
+        UserError: there is none, or it is not valid for the code as it is now.
+    """
     done = subprocess.run(
         ["git", "show", f"{revision}:./params.yaml"], cwd=workspace.root, capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise UserError(f"{revision} is no commit with a params.yaml here: {done.stderr.strip()}")
-    loaded: dict[str, Any] = YAML(typ="safe").load(done.stdout)
-    return loaded
+    return check_params(YAML(typ="rt").load(done.stdout), where=f"params.yaml at {revision}")
 
 
 def bytes_at(workspace: Workspace, revision: str, path: str) -> bytes:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import Runtime
-from pipeline.errors import UserError
+from pipeline.errors import EXIT_INTERRUPTED, Interrupted, UserError
 
 _GRACE = 60.0  # seconds that the processes get to save what they have
 
@@ -39,8 +41,8 @@ class Processes:
             host, _, port = self.main_address.rpartition(":")
             places = [f"--nnodes={self.machines}", f"--node-rank={self.machine_rank}"]
             meet = [*places, f"--master-addr={host}", f"--master-port={port}"]
-        each = f"--nproc-per-node={self.here}"
-        return [sys.executable, "-m", "pipeline.quiet_torchrun", *meet, each, "--module", module, *arguments]
+        each = [f"--nproc-per-node={self.here}", f"--shutdown-timeout={int(_GRACE) - 5}"]
+        return [sys.executable, "-m", "pipeline.quiet_torchrun", *meet, *each, "--module", module, *arguments]
 
 
 def processes_of(runtime: Runtime) -> Processes | None:
@@ -80,11 +82,30 @@ def launch(module: str, arguments: list[str], processes: Processes, check_stop: 
                 process.wait(_GRACE)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
+    if process.returncode == EXIT_INTERRUPTED:
+        raise Interrupted(
+            "one of the processes, or another machine, was told to stop; what is finished is saved: run again to go on"
+        )
     if process.returncode:
         raise UserError(
             f"one of the processes failed (exit {process.returncode}): its message stands above; "
             "set runtime.processes to 1 to run in one"
         )
+
+
+def leave_with_parent() -> None:
+    """Get SIGTERM when the process that started this one dies: from the kernel (prctl(2), PR_SET_PDEATHSIG = 1), elsewhere by
+    looking. Nothing is to go on training in a work directory that nobody holds any more."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM, 0, 0, 0)
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _threads_each(processes: int) -> str:

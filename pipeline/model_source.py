@@ -115,7 +115,9 @@ def _resolve_file(source: ModelSource, root: Path, key: str) -> LocalModel:
         raise UserError(f"{key}: {source.base} is {why}" + (": a .safetensors file is needed" if pickled else ""))
     found = _refuse_unpinned_content(source, file, key) or pin_of(file)
     here = Workspace(root, Path(os.environ.get("DVC_ROOT", root)))
-    folder = here.work / "models" / hash_json([found, source.family, source.config])[:16]
+    local = source.config and (root / source.config).is_dir()
+    config_pin = pin_of(root / str(source.config)) if local else source.config
+    folder = here.work / "models" / hash_json([found, source.family, config_pin])[:16]
     if not folder.is_dir():
         config = source.config and (str(root / source.config) if (root / source.config).is_dir() else source.config)
         import_module("pipeline.single_file").convert(file, source.family, config, folder)  # by name: it needs torch
@@ -149,14 +151,15 @@ def _resolve_hub(source: ModelSource, key: str) -> LocalModel:
             f"{key}: a sha256 pin belongs to a local folder, but {source.base} is on the Hub: "
             "`python cli.py pin` fills in its commit"
         )
-    weights = f"*.{source.variant}.safetensors" if source.variant else "*.safetensors"
+    weights = f"*.{source.variant}*.safetensors" if source.variant else "*.safetensors"
+    whole = ["model*.safetensors", "diffusion_pytorch_model*.safetensors"]  # a CLIP's, or a VAE's, at the top
     try:
         path = snapshot_download(
             source.base,
             revision=source.revision,
             # `*` crosses folders: without the second list it takes every variant, and the single-file copies beside them
-            allow_patterns=["*.json", "*.txt", "*.model", f"*/{weights}", "model.safetensors", "model-*.safetensors"],
-            ignore_patterns=[] if source.variant else ["*/*.*.safetensors", "safety_checker/*"],
+            allow_patterns=["*.json", "*.txt", "*.model", f"*/{weights}", *whole],
+            ignore_patterns=[] if source.variant else ["*/*.*.safetensors", "*.fp16.safetensors", "safety_checker/*"],
         )
     except RepositoryNotFoundError:
         raise UserError(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 
+from pipeline.launch import leave_with_parent
+
 
 def main(arguments: list[str]) -> None:
     """As `torchrun` does; exits as the first process that failed did."""
@@ -12,6 +14,7 @@ def main(arguments: list[str]) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
+    leave_with_parent()
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed"):
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)

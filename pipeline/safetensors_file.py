@@ -9,22 +9,26 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
-from pipeline.files import write_bytes
+from pipeline.files import atomic_file, write_bytes
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write tensors (detached, moved to the CPU) and text metadata, atomically."""
-    plain = save({name: tensors[name].detach().to("cpu").contiguous() for name in sorted(tensors)})
-    if metadata:
-        length = int.from_bytes(plain[:8], "little")
-        header = json.loads(plain[8 : 8 + length])
-        ordered = {"__metadata__": dict(sorted(metadata.items())), **header}
-        text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)  # the format wants the data aligned to 8 bytes
-        plain = len(text).to_bytes(8, "little") + text + plain[8 + length :]
+    kept = {name: tensors[name].detach().to("cpu").contiguous() for name in sorted(tensors)}
+    if not metadata:  # nothing to order: the library streams it, where `save` would hold it all a second time
+        with atomic_file(path) as partial:
+            save_file(kept, partial)
+        return
+    plain = save(kept)
+    length = int.from_bytes(plain[:8], "little")
+    header = json.loads(plain[8 : 8 + length])
+    ordered = {"__metadata__": dict(sorted(metadata.items())), **header}
+    text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the format wants the data aligned to 8 bytes
+    plain = len(text).to_bytes(8, "little") + text + plain[8 + length :]
     write_bytes(path, plain)
 
 

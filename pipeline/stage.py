@@ -186,6 +186,7 @@ def snapshot(workspace: Workspace, declaration: Declaration, params: Params) -> 
     folders = {
         "dataset": params.dataset.auto_caption,
         "model": params.model.base,
+        "model.config": params.model.config,
         "model.vae": params.model.vae,
         "validate": params.validate_.clip_model,
         "validate.dino_model": params.validate_.dino_model,

@@ -50,11 +50,13 @@ def print_summary(workspace: Workspace, outcomes: Sequence[StageOutcome]) -> Non
     metrics = json.loads((workspace.root / VALIDATE_REPORT / "metrics.json").read_text(encoding="utf-8"))
     say("")
     for key, title in _HEADLINES.items():
-        if key in metrics:
+        if metrics.get(key) is not None:
             say(f"  {title:<44}{metrics[key]:.4g}")
     gate = json.loads((workspace.root / DIST / "gate.json").read_text(encoding="utf-8"))
     if gate["findings"]:
-        say(f"  {'gate':<44}{'passed' if gate['passed'] else 'FAILED: ' + '; '.join(gate['findings'])}")
+        say(
+            f"  {'gate':<44}{'passed' if gate['passed'] else 'FAILED: ' + '; '.join(f for f in gate['findings'] if ': fails' in f)}"
+        )
     say("")
     say(f"  the page           {write_page(workspace).relative_to(workspace.root)}")
     say(f"  before and after   {VALIDATE_REPORT / 'before-after.png'}")

@@ -30,14 +30,17 @@ class Team:
 
     def add_up(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> None:
         """Replace gradients and the loss, in place, by their sums over the processes."""
+        for p in parameters:  # none: where a layer's output is not used, or no sample is this process's
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
         if self.size == 1:
             return
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        gradients = [p.grad for p in parameters if p.grad is not None]
         flat = torch.cat([*(g.flatten() for g in gradients), loss.reshape(1)])
         torch.distributed.all_reduce(flat)
         sizes = [g.numel() for g in gradients]
         for p, g, total in zip(parameters, gradients, torch.split(flat[:-1], sizes), strict=True):
-            p.grad = total.view_as(g).clone()
+            p.grad = torch.empty_like(p).copy_(total.view_as(g))  # in the parameter's own memory layout, as fused kernels need
         loss.copy_(flat[-1])
 
     def any(self, flag: bool) -> bool:

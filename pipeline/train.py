@@ -18,7 +18,7 @@ from pipeline.batches import Batches
 from pipeline.checkpoint import Checkpoint, best_so_far, latest_checkpoint, save_best, save_checkpoint
 from pipeline.config import Train
 from pipeline.curve import Curve, Row, read_curve, read_rows
-from pipeline.device import arrange, attention_kernel, out_of_memory, peak_mib
+from pipeline.device import arrange, attention_kernel, full_memory_is_the_users, peak_mib
 from pipeline.diffusion import Objective, logit_normal, power, within
 from pipeline.errors import UserError
 from pipeline.evaluate.losses import Questions, mean_loss, spread
@@ -71,6 +71,7 @@ def train(
     live: LiveText | None = None,
     team: Team = ALONE,
     preview: Callable[[int], None] = lambda step: None,
+    measured: Objective | None = None,
 ) -> dict[str, Tensor]:
     """Train the adapter that is injected in `denoiser`, going on from the newest checkpoint in `work`.
 
@@ -83,6 +84,7 @@ def train(
         observe: told of every few steps' losses and rates, and of held-out losses.
         live: text encoders that learn too, on the device; None: the stored embeddings are read.
         team: this process's place among those that train together.
+        measured: what the held-out loss asks, where that is not what is trained on; as validate asks it.
         preview: draws pictures with the adapter as it is, in the first process, every `hardware.preview_every` steps.
 
     Returns:
@@ -108,8 +110,10 @@ def train(
     accelerator = Accelerator(cpu=hardware.device.type == "cpu", mixed_precision=settings.mixed_precision)
     arrange(denoiser, hardware.gradient_checkpointing, hardware.compile, hardware.channels_last)
     # evaluation_mode: no DDP around it, the team adds the gradients up
-    model = accelerator.prepare_model(denoiser, evaluation_mode=True)
+    with full_memory_is_the_users(denoiser, sum(p.numel() for p in parameters), hardware.micro_batch or settings.batch_size):
+        model = accelerator.prepare_model(denoiser, evaluation_mode=True)
     networks = [model, *text_modules.values()]
+    asked = measured or objective
     optimiser = accelerator.prepare_optimizer(optimiser)
     average = [p.detach().clone() for p in parameters] if settings.ema_decay else None
     checkpoint = team.from_first(latest_checkpoint(work / "checkpoints") if team.rank == 0 else None)
@@ -120,7 +124,7 @@ def train(
             say(f"  going on from the checkpoint at step {first}")
     curve, held_out = (_curve(work / name, end, team) for name, end in (("curve.jsonl", first), ("held_out.jsonl", first + 1)))
     questions = _questions(batches, settings, steps)
-    best = team.from_first(best_so_far(work / "best.safetensors"))
+    best = _best(work, settings, team)
     pending: list[tuple[int, Tensor, Tensor]] = []  # (step, loss, gradient norm), still on the device
 
     def weights() -> dict[str, Tensor]:
@@ -157,7 +161,7 @@ def train(
             value = mean_loss(
                 model,
                 family,
-                objective,
+                asked,
                 batches.encodings,
                 questions,
                 size,
@@ -175,52 +179,52 @@ def train(
 
     for network in networks:
         network.train()
-    try:
-        with (
-            progress("training", steps if team.rank == 0 else 0, "steps", done=first) as bar,
-            attention_kernel(hardware.attention),
-        ):
-            if questions and not held_out.rows:
-                measure(first)  # the base: what all later ones are to be held against
-            for step in range(first, steps):
-                if team.any(stop()):
-                    save(step)
-                    check_stop(f"step {step} of {steps} is saved")
-                torch.manual_seed(torch_seed(settings.seed, step + 1))  # what LoRA dropout draws from
-                for group, share in zip(optimiser.param_groups, (1.0, text_share), strict=False):
-                    group["lr"] = rates(step) * share
-                members = batches.members(step)
-                loss = torch.zeros((), device=accelerator.device)
-                begin, end = team.share(len(members))
-                for start in range(begin, end, hardware.micro_batch or max(1, end - begin)):
-                    last = min(end, start + (hardware.micro_batch or end))
-                    part = _loss_sum(model, family, objective, batches, settings, step, start, last, accelerator.device, live)
-                    part = part / len(members)
-                    accelerator.backward(part)
-                    loss += part.detach()
-                team.add_up(parameters, loss)
-                norm = accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
-                optimiser.step()
-                optimiser.zero_grad()
-                if average is not None and settings.ema_decay:
-                    update_average(average, parameters, settings.ema_decay, step)
-                pending.append((step, loss, norm.detach()))
-                if settings.held_out_every and (step + 1) % settings.held_out_every == 0:
-                    measure(step + 1)  # before the checkpoint: whoever goes on from that finds it measured
-                if settings.snapshot_every and (step + 1) % settings.snapshot_every == 0 and team.leads:
-                    with final_weights(parameters, average, optimiser):
-                        write_safetensors(work / SNAPSHOTS / f"step-{step + 1:08d}.safetensors", weights())
-                if (step + 1) % hardware.checkpoint_every == 0 or step + 1 == steps:
-                    save(step + 1)
-                elif len(pending) == _READ_EVERY:
-                    settle()
-                if hardware.preview_every and (step + 1) % hardware.preview_every == 0 and team.rank == 0:
-                    with _evaluating(networks), final_weights(parameters, average, optimiser):
-                        preview(step + 1)
-                bar.advance(note=f"loss {curve.smoothed:.4f}, {peak_mib():.0f} MiB" if curve.rows else "")
-    except torch.OutOfMemoryError as error:
-        count = sum(p.numel() for p in parameters)
-        raise out_of_memory(denoiser, count, hardware.micro_batch or settings.batch_size, error) from error
+    count = sum(p.numel() for p in parameters)
+    with (
+        full_memory_is_the_users(denoiser, count, hardware.micro_batch or settings.batch_size),
+        progress("training", steps if team.rank == 0 else 0, "steps", done=first) as bar,
+        attention_kernel(hardware.attention),
+    ):
+        if questions and not held_out.rows:
+            measure(first)  # the base: what all later ones are to be held against
+        for step in range(first, steps):
+            if team.any(stop()):
+                save(step)
+                check_stop(f"step {step} of {steps} is saved")
+            torch.manual_seed(torch_seed(settings.seed, step + 1))  # what LoRA dropout draws from
+            for group, share in zip(optimiser.param_groups, (1.0, text_share), strict=False):
+                group["lr"] = rates(step) * share
+            members = batches.members(step)
+            loss = torch.zeros((), device=accelerator.device)
+            begin, end = team.share(len(members))
+            for start in range(begin, end, hardware.micro_batch or max(1, end - begin)):
+                last = min(end, start + (hardware.micro_batch or end))
+                part = _loss_sum(model, family, objective, batches, settings, step, start, last, accelerator.device, live)
+                part = part / len(members)
+                accelerator.backward(part)
+                loss += part.detach()
+            if begin == end:  # a loss scale must be known to this process too, before it steps
+                accelerator.backward(sum((p.sum() for p in parameters), loss) * 0)
+            team.add_up(parameters, loss)
+            norm = accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
+            optimiser.step()
+            optimiser.zero_grad()
+            if average is not None and settings.ema_decay:
+                update_average(average, parameters, settings.ema_decay, step)
+            pending.append((step, loss, norm.detach()))
+            if settings.held_out_every and (step + 1) % settings.held_out_every == 0:
+                measure(step + 1)  # before the checkpoint: whoever goes on from that finds it measured
+            if settings.snapshot_every and (step + 1) % settings.snapshot_every == 0 and team.leads:
+                with final_weights(parameters, average, optimiser):
+                    write_safetensors(work / SNAPSHOTS / f"step-{step + 1:08d}.safetensors", weights())
+            if (step + 1) % hardware.checkpoint_every == 0 or step + 1 == steps:
+                save(step + 1)
+            elif len(pending) == _READ_EVERY:
+                settle()
+            if hardware.preview_every and (step + 1) % hardware.preview_every == 0 and team.rank == 0:
+                with _evaluating(networks), final_weights(parameters, average, optimiser):
+                    preview(step + 1)
+            bar.advance(note=f"loss {curve.smoothed:.4f}, {peak_mib():.0f} MiB" if curve.rows else "")
     if settings.keep == "best" and team.leads:
         return read_safetensors(work / "best.safetensors")
     with final_weights(parameters, average, optimiser):
@@ -339,6 +343,16 @@ def _evaluating(networks: Sequence[nn.Module]) -> Iterator[None]:
     yield
     for network in networks:
         network.train()
+
+
+def _best(work: Path, settings: Train, team: Team) -> tuple[int, float] | None:
+    """Step and loss of the best adapter so far, and its file on every machine."""
+    path = work / "best.safetensors"
+    first = best_so_far(path) if team.rank == 0 and settings.keep == "best" else None
+    best, weights = team.from_first((first, read_safetensors(path) if first and team.size > 1 else None))
+    if best and weights and team.leads and team.rank:
+        save_best(path, weights, *best)
+    return best if best is None else (int(best[0]), float(best[1]))
 
 
 def _curve(path: Path, end: int, team: Team) -> Curve:

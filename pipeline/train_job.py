@@ -17,7 +17,7 @@ from pipeline import lora
 from pipeline.base_model import base_source
 from pipeline.batches import Batches
 from pipeline.config import Params, Train
-from pipeline.device import pick_device
+from pipeline.device import full_memory_is_the_users, pick_device
 from pipeline.diffusion import Flow, Objective, overridden
 from pipeline.encodings import Encodings
 from pipeline.errors import UserError
@@ -65,12 +65,14 @@ def perform(
     check_stop: Callable[[str], None],
     observe: Observer,
     team: Team = ALONE,
+    fingerprint: str = "",
 ) -> Trained:
     """Train as `params` say, going on from what lies in `work`.
 
     Args:
         root: the project's folder, with its encodings.
         stop, check_stop, observe: as `train` takes them.
+        fingerprint: of all that settles the result; every machine's must be the same.
 
     Raises:
         UserError: as `train`, and whatever the settings ask for that this base does not have.
@@ -81,6 +83,11 @@ def perform(
     batches = Batches(encodings, settings.batch_size, settings.seed, settings.caption_dropout, settings.prior_weight)
     if not batches.samples:
         raise UserError("no picture is on the training side of the split: add pictures or lower dataset.held_out_fraction")
+    if fingerprint != team.from_first(fingerprint):
+        raise UserError(
+            "this machine's settings, encodings, base or code are not those of the main one (runtime.machine_rank 0): "
+            "bring the same commit and data to both"
+        )
     if team.size > 1 and params.lora.dropout:
         raise UserError(
             "lora.dropout: several processes would draw other masks than one: set it to 0, or runtime.processes to 1"
@@ -88,7 +95,8 @@ def perform(
     device = pick_device(_own_device(runtime.device), runtime.tf32)
     denoiser = kind.load_denoiser(model, _BASE_TYPES[settings.mixed_precision])
     if settings.quantise_base:
-        quantise(denoiser, settings.quantise_base, device)
+        with full_memory_is_the_users(denoiser, 0, runtime.micro_batch or settings.batch_size):
+            quantise(denoiser, settings.quantise_base, device)
     spec = lora.LoraSpec(**params.lora.model_dump(exclude={"init_from", "text_encoder"}))
     spec = replace(spec, targets=lora.expand_targets(denoiser, spec.targets, kind.lora_targets))
     parameters = lora.inject(denoiser, spec, torch_seed(settings.seed))
@@ -131,12 +139,13 @@ def perform(
         live,
         team,
         lambda step: previews.draw(step, denoiser, text),
+        overridden(kind.objective(model), params.model.prediction, params.model.zero_terminal_snr),
     )
     weights, published = lora.portable(weights, start, spec)
     if team.leads:
         _publish_snapshots(work, start, spec)
     if text_spec:
-        text_spec = replace(published, targets=text_spec.targets)
+        text_spec = replace(published, targets=text_spec.targets, rank_pattern={}, alpha_pattern={})
     facts = {
         "trainable_parameters": trainable,
         "train_samples": len(batches.samples),

@@ -16,16 +16,17 @@ from types import FrameType
 from pipeline.config import Params
 from pipeline.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, Interrupted, UserError
 from pipeline.files import write_json
+from pipeline.launch import leave_with_parent
 from pipeline.team import join
 from pipeline.train_job import perform
 
 _FIRST_SPEAKS = 3.0  # seconds: where all fail alike, the first one's message ends the others before they repeat it
 
 
-def write_job(path: Path, params: Params, root: Path, work: Path) -> None:
+def write_job(path: Path, params: Params, root: Path, work: Path, fingerprint: str) -> None:
     """Write down what the processes have to do."""
     sections = {name: params.section(name) for name in json.loads(params.model_dump_json(by_alias=True))}
-    write_json(path, {"params": sections, "root": str(root), "work": str(work)})
+    write_json(path, {"params": sections, "root": str(root), "work": str(work), "fingerprint": fingerprint})
 
 
 def main(path: Path) -> None:
@@ -37,6 +38,7 @@ def main(path: Path) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, leave)
+    leave_with_parent()
     job = json.loads(path.read_text(encoding="utf-8"))
     params, work = Params.model_validate_json(json.dumps(job["params"])), Path(job["work"])
     team = join()
@@ -45,7 +47,8 @@ def main(path: Path) -> None:
         raise Interrupted(saved)
 
     try:
-        trained = perform(params, Path(job["root"]), work, lambda: bool(asked), check_stop, lambda rows: None, team)
+        root, mark = Path(job["root"]), job["fingerprint"]
+        trained = perform(params, root, work, lambda: bool(asked), check_stop, lambda rows: None, team, mark)
     except Interrupted:
         sys.exit(EXIT_INTERRUPTED)
     except UserError as error:

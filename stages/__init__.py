@@ -30,7 +30,10 @@ def run(name: str) -> None:
         if name == "export-and-card":
             from pipeline.page.report import write_page
 
-            say(f"  the page to look at: {write_page(stage.workspace)}")
+            try:
+                say(f"  the page to look at: {write_page(stage.workspace)}")
+            except Exception as error:  # what is to be kept is written: a page can be made again
+                say(f"  the page could not be made: {error}; `python cli.py report` tries again")
         mirror(stage)
 
     run_stage(name, body, after=mirrored if name in _MIRRORED else None)

@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from pipeline import lora
 from pipeline.device import pick_device
 from pipeline.errors import UserError
 from pipeline.evaluate.gate import judge
-from pipeline.evaluate.sampling import Shot, use_scheduler
+from pipeline.evaluate.sampling import Shot, sampling_changes, use_scheduler
 from pipeline.export.adapter import Adapter
 from pipeline.export.card import loss_by_fifths, model_index, render_card
 from pipeline.export.diffusers_format import FILE_NAME, diffusers_tensors, write_diffusers
@@ -49,9 +50,10 @@ def main(stage: Stage) -> None:
     lineage = lineage_of(stage.workspace, training["params"], revision_of(stage.source(), root))
     kind = family(params.model.family)
     model = resolve(stage.source(), root)
-    version = kind.base_version(model)
+    version = _as_trained(kind.base_version(model), params.model.prediction)
 
     pipeline = kind.load_pipeline(model, pick_device(params.runtime.device), torch.float32)
+    published = pipeline.scheduler
     use_scheduler(pipeline, "base" if kind.objective(model).prediction == "flow" else "ddim")
     components = [kind.denoiser_key, *training["text_components"]]
     probe = Probe(validation["settings"]["prompts"][0], validation["width"], validation["height"])
@@ -68,6 +70,8 @@ def main(stage: Stage) -> None:
     if params.export.merge:
         stage.stop.check()
         _inject(pipeline, kind, training, root)
+        pipeline.scheduler = published
+        use_scheduler(pipeline, "base", sampling_changes(params.model.prediction, params.model.zero_terminal_snr))
         write_merged(out / "merged", pipeline, components)
 
     # how the adapter was judged is no part of the files: other prompts must not change their bytes
@@ -83,6 +87,15 @@ def main(stage: Stage) -> None:
         say(f"  gate: {finding.sentence()}")
     if not passed:
         say("  the gate FAILED: the files are written, but this adapter should not be published")
+
+
+def _as_trained(version: BaseVersion, prediction: str) -> BaseVersion:
+    """What other programs are told of the base, where `model.prediction` overrides what its own config says."""
+    if prediction == "auto":
+        return version
+    word = "v" if prediction == "v_prediction" else "epsilon"
+    kohya = version.kohya.removesuffix("_v") + ("_v" if word == "v" and version.kohya.startswith("sd_") else "")
+    return replace(version, prediction=word, kohya=kohya)
 
 
 def _inject(pipeline: Any, kind: Family, training: dict[str, Any], root: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 
@@ -12,6 +13,7 @@ from pipeline.families import family
 from pipeline.files import write_bytes, write_json, write_text
 from pipeline.follow import follow
 from pipeline.launch import Processes, launch, processes_of
+from pipeline.model_source import resolve
 from pipeline.safetensors_file import write_safetensors
 from pipeline.stage import Stage
 from pipeline.tracking import live_curves
@@ -24,7 +26,7 @@ from pipeline.workspace import ADAPTER, ENCODED, TRAIN_REPORT
 def main(stage: Stage) -> None:
     """Run the stage."""
     params, settings, root = stage.params, stage.params.train, stage.workspace.root
-    if settings.schedule == "constant":
+    if settings.schedule == "constant" and os.environ.get("REPROLORA_FORCE") != "1":
         kind = stage.snapshot.fingerprint_without("train", "steps", "epochs")
         adopt(stage.work, kind, steps_of(settings, Encodings(root / ENCODED)), settings.keep == "best")
     with live_curves(stage) as observe:
@@ -67,7 +69,8 @@ def _together(stage: Stage, processes: Processes, stop: Callable[[], bool], obse
     """In processes of their own; this one waits, tells MLflow of the curve, and hands a request to stop on."""
     job = stage.work / "job.json"
     told = follow([stage.work / "curve.jsonl", stage.work / "held_out.jsonl"], observe)
-    write_job(job, stage.params, stage.workspace.root, stage.work)
+    resolve(stage.source(), stage.workspace.root)  # a single file is converted here, before all of them would
+    write_job(job, stage.params, stage.workspace.root, stage.work, stage.snapshot.fingerprint)
 
     def waiting() -> None:
         told()

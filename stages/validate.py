@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ from pipeline.stage import Stage
 from pipeline.workspace import ADAPTER, ENCODED, VALIDATE_REPORT
 
 _GRID_ROWS = 8
-_PICTURES = 128  # of each side of the split, that samples are compared with
+_PICTURES = 256  # of each side of the split, that samples are compared with
 _NEAREST = 6  # pairs of sample and training picture that are shown
 
 
@@ -87,8 +88,8 @@ def main(stage: Stage) -> None:
     encodings = Encodings(root / ENCODED)
     training = json.loads((root / ADAPTER / "training.json").read_text(encoding="utf-8"))
     index = encodings.index
-    width, height = Counter(s.size for s in index.samples).most_common(1)[0][0]
     ours = {split: [s for s in encodings.samples(split) if not s.regularisation] for split in ("held-out", "train")}
+    width, height = Counter(s.size for s in ours["train"] or index.samples).most_common(1)[0][0]
     pipeline = kind.load_pipeline(model, device, torch.float32)
     use_scheduler(pipeline, settings.scheduler, sampling_changes(params.model.prediction, params.model.zero_terminal_snr))
     denoiser = getattr(pipeline, kind.denoiser_key).eval()
@@ -141,9 +142,9 @@ def main(stage: Stage) -> None:
 
     def pictures(chosen: list[EncodedSample]) -> list[Image.Image]:
         """As the base sees them: both sides of a comparison went through the same VAE."""
-        seen = [s for s in spread(chosen, _PICTURES) if s.size == (width, height)]
-        means = [encodings.read(s.latents[0])["mean"].float() for s in seen]
-        return decode_latents(pipeline, torch.stack(means)) if means else []
+        return [
+            decode_latents(pipeline, encodings.read(s.latents[0])["mean"].float()[None])[0] for s in spread(chosen, _PICTURES)
+        ]
 
     def drawn(chosen: Sequence[Shot], folder: Path = judge.samples) -> list[Image.Image]:
         return [Image.open(folder / shot.file_name).convert("RGB") for shot in chosen]
@@ -186,7 +187,8 @@ def main(stage: Stage) -> None:
     if rows:
         rows = [{**row, **_ratios({**losses, **row})} for row in rows]
         write_text(out / "checkpoints.csv", curve_csv(rows, ["step", *(name for name in rows[0] if name != "step")]))
-    write_json(out / "metrics.json", metrics)
+    # JSON has no NaN: null is what the gate takes for failed
+    write_json(out / "metrics.json", {name: value if math.isfinite(value) else None for name, value in metrics.items()})
     write_json(
         out / "validation.json",
         {

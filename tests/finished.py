@@ -34,7 +34,7 @@ def finish(project: Project, **export: Any) -> Project:
     modules = kind.text_modules(kind.load_text_encoders(LocalModel(root / "base", None, None), torch.device("cpu")))
     text = modules if params.lora.text_encoder else {}
     spec = params.lora.model_dump(mode="json", exclude={"init_from", "text_encoder"})
-    text_spec = {**spec, "targets": ["q_proj", "k_proj", "v_proj", "out_proj"]}
+    text_spec = {**spec, "targets": ["q_proj", "k_proj", "v_proj", "out_proj"], "rank_pattern": {}, "alpha_pattern": {}}
     for module in text.values():
         lora.inject(module, lora.LoraSpec(**text_spec), 0)
     torch.manual_seed(3)

@@ -116,8 +116,9 @@ def hub() -> Iterator[tuple[Stub, str]]:
                 return self.answer(
                     {"commitOid": "0" * 40, "commitUrl": f"http://{self.headers['Host']}/me/x/commit/{'0' * 40}"}
                 )
-            if re.fullmatch(r"/api/models/[^/]+/[^/]+(/revision/main)?", path):
-                return self.answer({"id": "me/x", "sha": "0" * 40, "siblings": []})
+            if model := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/main)?", path):
+                private = stub.repos.get(model[1], False)
+                return self.answer({"id": model[1], "sha": "0" * 40, "siblings": [], "private": private})
             return self.answer({"error": f"the stub does not know {path}"}, 404)
 
         def entry(self, name: str) -> dict[str, Any]:

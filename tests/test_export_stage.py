@@ -123,6 +123,24 @@ def one_nan(tensors: dict) -> dict:
     return {**tensors, key: tensors[key] * float("nan")}
 
 
+def test_layers_with_ranks_and_alphas_of_their_own_load_everywhere(new_project: Callable[[], Project]) -> None:
+    """The stage compares ΔW layer by layer: diffusers takes one alpha for all layers of a Kohya file, so that one is written."""
+    project = new_project()
+    project.set("lora", rank_pattern={"to_k": 3}, alpha_pattern={"to_k": 5.0})
+    dist = export(finish(project))
+    kohya = load_file(dist / "tiny.safetensors")
+    assert {float(t) for k, t in kohya.items() if k.endswith(".alpha")} == {4.0}
+    assert {t.shape[0] for k, t in kohya.items() if k.endswith(".lora_down.weight")} == {2, 3}
+
+
+def test_the_header_says_what_the_base_was_trained_to_predict(new_project: Callable[[], Project]) -> None:
+    project = new_project()
+    project.set("model", prediction="v_prediction")
+    dist = export(finish(project))
+    header = read_metadata(dist / "tiny.safetensors")
+    assert header["ss_base_model_version"] == "sd_v1_v" and header["modelspec.prediction_type"] == "v"
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [

@@ -16,7 +16,7 @@ STEPS = 40
 SHIPPED = YAML(typ="safe").load((REPOSITORY / "params.yaml").read_text())
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """The demo with short trainings on 36 of its pictures."""
     assets, root = REPOSITORY / "assets", tmp_path_factory.mktemp("gate") / "p"
@@ -37,7 +37,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 
 def verdict(project: Project) -> tuple[int, dict, dict]:
+    project.executed()
     done = project.cli("run", OMP_NUM_THREADS="2")
+    assert done.returncode == 0 and "export-and-card" in project.executed(), done.stdout + done.stderr
     assert project.path("dist/adapter/gate.json").is_file(), done.stdout + done.stderr
     gate = json.loads(project.path("dist/adapter/gate.json").read_text())
     return project.cli("gate").returncode, gate, json.loads(project.path("reports/validate/metrics.json").read_text())

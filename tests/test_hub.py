@@ -93,3 +93,11 @@ def test_nothing_goes_without_gate_token_or_right(exported: Project, served: tup
     exported.set("export", push_to_hub={"repo": "me/tiny", "privat": True})
     assert "unknown key export.push_to_hub.privat: did you mean export.push_to_hub.private?" in push(exported, url).stderr
     assert not stub.commits and not stub.files
+
+
+def test_a_repository_that_is_public_already_gets_nothing_private(exported: Project, served: tuple[Stub, str]) -> None:
+    stub, url = served
+    stub.repos["me/tiny"] = False
+    done = push(exported, url)
+    assert done.returncode == 2 and "me/tiny is public on the Hub, but private is true: nothing was sent" in done.stderr
+    assert not stub.files

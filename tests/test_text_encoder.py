@@ -150,7 +150,7 @@ def test_both_files_hold_the_text_encoders(
 @pytest.mark.slow
 def test_the_whole_run(new_project: Callable[[], Project]) -> None:
     project = new_project()
-    project.set("lora", text_encoder=True)
+    project.set("lora", text_encoder=True, rank_pattern={"to_k": 3}, alpha_pattern={"to_k": 5.0})
     project.set("runtime", sample_every=4)
     done = project.cli("run")
     assert done.returncode == 0, done.stdout + done.stderr

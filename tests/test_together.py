@@ -53,11 +53,11 @@ def off(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return max(float((a[k] - b[k]).norm() / a[k].norm()) for k in a)
 
 
-def slowed(project: Project, first_alone: str = "") -> None:
+def slowed(project: Project, first_alone: str = "pass") -> None:
     """Steps take a tenth of a second; `first_alone` is run by every process in each."""
     path = project.path("pipeline/train.py")
     pattern = r"^( +)(members = batches.members\(step\)\n)"
-    marked = re.sub(pattern, rf"\1__import__('time').sleep(0.1)\n{first_alone}\1\2", path.read_text(), flags=re.M)
+    marked = re.sub(pattern, rf"\1__import__('time').sleep(0.1)\n\1{first_alone}\n\1\2", path.read_text(), flags=re.M)
     assert marked != path.read_text()
     path.write_text(marked)
 
@@ -137,7 +137,7 @@ def test_a_process_that_dies_takes_the_others_down(prepared: Callable[[], Projec
 def test_an_error_of_one_process_is_told_before_anything_else(prepared: Callable[[], Project]) -> None:
     project = prepared()
     project.set("runtime", processes=2)
-    slowed(project, "                if team.rank == 1 and step == 2: raise UserError('the second one is unwell')\n")
+    slowed(project, "if team.rank == 1 and step == 2: raise UserError('the second one is unwell')")
     done = project.cli("stage", "train-lora")
     assert done.returncode == 2
     assert done.stderr.index("error: the second one is unwell") < done.stderr.index("one of the processes failed")

@@ -9,6 +9,8 @@ from pipeline.config import Threshold
 from pipeline.errors import UserError
 from pipeline.metrics import DEFINITIONS
 
+_LEAST = 0.2  # size of a metric that counts as its size where a tolerance is a share of it
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -28,7 +30,7 @@ class Finding:
         return f"{self.metric} {self.value:.4g}: {'passes' if self.passed else 'fails'} ({bounds}{self.note})"
 
 
-def judge(metrics: Mapping[str, float], thresholds: Mapping[str, Threshold]) -> list[Finding]:
+def judge(metrics: Mapping[str, float | None], thresholds: Mapping[str, Threshold]) -> list[Finding]:
     """Hold every threshold against its metric, sorted by name; an empty list passes.
 
     Raises:
@@ -50,23 +52,25 @@ def judge(metrics: Mapping[str, float], thresholds: Mapping[str, Threshold]) -> 
 
 
 def compare(
-    metrics: Mapping[str, float], earlier: Mapping[str, float], names: list[str], tolerance: float, what: str
+    metrics: Mapping[str, float | None], earlier: Mapping[str, float | None], names: list[str], tolerance: float, what: str
 ) -> list[Finding]:
     """Hold metrics against those of an earlier adapter: none may be worse by more than a share `tolerance` of its size.
 
     Args:
         names: the metrics that count; those that the earlier adapter has no value of are passed over.
+        tolerance: of the earlier value's size, or of `_LEAST` where that is smaller: a gap of 0.001 must not fail for 0.002.
         what: the earlier adapter's name, for the sentences.
     """
     findings = []
     for name in sorted(names):
         better = DEFINITIONS[name].better if name in DEFINITIONS else "neither"
-        if name not in earlier or better == "neither":
+        before = earlier.get(name)
+        if before is None or better == "neither" or name not in metrics:
             continue
-        slack = tolerance * abs(earlier[name])
-        minimum = earlier[name] - slack if better == "higher" else None
-        maximum = earlier[name] + slack if better == "lower" else None
-        findings.append(_finding(name, _measured(metrics, name), minimum, maximum, f", from {earlier[name]:.4g} at {what}"))
+        slack = tolerance * max(abs(before), _LEAST)
+        minimum = before - slack if better == "higher" else None
+        maximum = before + slack if better == "lower" else None
+        findings.append(_finding(name, _measured(metrics, name), minimum, maximum, f", from {before:.4g} at {what}"))
     return findings
 
 
@@ -75,7 +79,8 @@ def _finding(name: str, value: float, minimum: float | None, maximum: float | No
     return Finding(name, value, minimum, maximum, passed, note)
 
 
-def _measured(metrics: Mapping[str, float], name: str) -> float:
+def _measured(metrics: Mapping[str, float | None], name: str) -> float:
     if name not in metrics:
         raise UserError(f"gate.{name}: no such metric was measured; there are: {', '.join(sorted(metrics))}")
-    return metrics[name]
+    value = metrics[name]
+    return float("nan") if value is None else value

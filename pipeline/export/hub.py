@@ -79,6 +79,11 @@ def push(publication: Publication) -> list[str]:
     api = HfApi(token=token)
     try:
         api.create_repo(publication.repo, private=publication.private, exist_ok=True)
+        if publication.private and not api.repo_info(publication.repo).private:  # it was there before, as a public one
+            raise UserError(
+                f"export.push_to_hub: {publication.repo} is public on the Hub, but private is true: nothing was sent. Make it private "
+                "there, or set private to false"
+            )
         there = _files_there(api, publication.repo)
         wanted = {name: path for name, path in publication.files.items() if not _same(there.get(name), path)}
         stale = sorted(name for name in there if name.startswith(_OWN_FOLDERS) and name not in publication.files)
@@ -88,6 +93,8 @@ def push(publication: Publication) -> list[str]:
             api.create_commit(
                 publication.repo, operations, commit_message=publication.message, commit_description=publication.description
             )
+    except UserError:
+        raise
     except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:
         told = str(error).replace(token, "(token)").strip() or type(error).__name__
         raise UserError(f"{publication.repo} could not be published: {told}") from None

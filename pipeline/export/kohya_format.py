@@ -6,7 +6,7 @@ that it comes back exactly.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -40,9 +40,10 @@ def kohya_tensors(
 ) -> dict[str, Tensor]:
     """The file's tensors."""
     tensors: dict[str, Tensor] = {}
+    common = _common_alpha(adapter)
     for name, layer in adapter.layers.items():
         start = kohya_name(name, names, layers_per_block)
-        plain = _with_stated_scale(layer)
+        plain = _at_alpha(_with_stated_scale(layer), common)
         tensors |= {f"{start}.{part}": tensor.to(dtype) for part, tensor in plain.parts.items()}
         tensors[f"{start}.alpha"] = torch.tensor(plain.alpha, dtype=torch.float32)
     return tensors
@@ -65,6 +66,21 @@ def adapter_of_kohya(tensors: Mapping[str, Tensor], layers_per_block: int = 2) -
     return Adapter(
         {layer_name(start, layers_per_block): layer_of(found, alphas.get(start), start) for start, found in parts.items()}
     )
+
+
+def _common_alpha(adapter: Adapter) -> float | None:
+    """The α to state for all LoRA layers, where they have several: diffusers 0.42 reads α layer by layer from no such file, and
+    would take the commonest for all. None where they agree, and where there are none."""
+    alphas = [layer.alpha for layer in adapter.layers.values() if layer.kind in ("lora", "dora")]
+    return Counter(alphas).most_common(1)[0][0] if len(set(alphas)) > 1 else None
+
+
+def _at_alpha(layer: Layer, alpha: float | None) -> Layer:
+    """The same ΔW with another α stated: the difference goes into B."""
+    if alpha is None or alpha == layer.alpha or layer.kind not in ("lora", "dora"):
+        return layer
+    up = layer.parts["lora_up.weight"].float() * (layer.alpha / alpha)
+    return Layer({**layer.parts, "lora_up.weight": up}, layer.rank, alpha)
 
 
 def _with_stated_scale(layer: Layer) -> Layer:

@@ -64,7 +64,9 @@ def _family(adapter: Adapter, metadata: dict[str, str]) -> str:
     """A guess: what the header says, else the width of the text that the denoiser takes, which differs between the families."""
     stated = metadata.get("ss_base_model_version", "") or metadata.get("modelspec.architecture", "")
     if stated:
-        return f"{'sdxl' if 'xl' in stated else 'sd'} (the header says {stated})"
+        marks = {"sdxl": ("xl",), "sd3": ("sd3", "diffusion-3"), "sd": ("sd_v", "sd_v1", "diffusion-v1", "diffusion-v2")}
+        known = next((family for family, parts in marks.items() if any(part in stated for part in parts)), "unknown")
+        return f"{known} (the header says {stated})"
     for name, layer in adapter.layers.items():
         if name.endswith("attn2.to_k") and "lora_down.weight" in layer.parts:
             width = layer.parts["lora_down.weight"].shape[1]

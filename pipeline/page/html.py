@@ -27,9 +27,9 @@ def render(template: str, **facts: Any) -> str:
     return environment.get_template(template).render(style=Markup((_HERE / "style.css").read_text(encoding="utf-8")), **facts)
 
 
-def number(value: float) -> str:
+def number(value: float | None) -> str:
     """Four significant digits, as the terminal prints them."""
-    return f"{value:.4g}"
+    return "not finite" if value is None else f"{value:.4g}"
 
 
 def picture(source: Path | bytes, side: int = _SIDE) -> str:

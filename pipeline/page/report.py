@@ -88,12 +88,12 @@ def _facts(workspace: Workspace, params: Params) -> dict[str, Any]:
         "data": summary,
         "contact_sheet": picture(root / DATASET_REPORT / "contact-sheet.png", 1600),
         "histograms": {title: dict(list(summary[key].items())[:20]) for key, title in _HISTOGRAMS.items() if summary.get(key)},
-        "params": _flat({**training["params"], "validate": asked}),
+        "params": _flat({**params.model_dump(mode="json", by_alias=True), **training["params"], "validate": asked}),
         "lineage": _json(root / DIST / "lineage.json"),
     }
 
 
-def _rows(metrics: dict[str, float], params: Params) -> list[dict[str, Any]]:
+def _rows(metrics: dict[str, float | None], params: Params) -> list[dict[str, Any]]:
     """The adapter's metrics in the order of their definitions, each with the base's value and the gate's word."""
     findings = {f.metric: f for f in judge(metrics, {n: t for n, t in params.gate.items() if n in metrics})}
     rows = []
@@ -136,7 +136,7 @@ def _checkpoint_charts(path: Path) -> list[Any]:
     return [line_chart({name: [(r["step"], r[name]) for r in rows]}, "step") for name in rows[0] if name != "step"]
 
 
-def _since_the_last_commit(workspace: Workspace, params: Params, metrics: dict[str, float]) -> list[dict[str, str]]:
+def _since_the_last_commit(workspace: Workspace, params: Params, metrics: dict[str, float | None]) -> list[dict[str, str]]:
     """Settings and metrics that differ from HEAD's; empty where HEAD holds no run."""
     tracked = subprocess.run(["git", "cat-file", "-e", "HEAD:./dvc.lock"], cwd=workspace.root, capture_output=True, check=False)
     if tracked.returncode:
@@ -144,7 +144,7 @@ def _since_the_last_commit(workspace: Workspace, params: Params, metrics: dict[s
     changes = []
     try:
         now = params.model_dump(mode="json", by_alias=True)
-        for line in value_changes(params_at(workspace, "HEAD"), now):
+        for line in value_changes(params_at(workspace, "HEAD").model_dump(mode="json", by_alias=True), now):
             what, _, values = line.partition(" ")
             then, _, new = values.partition(" → ")
             changes.append({"what": what, "then": then, "now": new})
