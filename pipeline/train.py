@@ -19,7 +19,7 @@ from pipeline.checkpoint import Checkpoint, best_so_far, latest_checkpoint, save
 from pipeline.config import Train
 from pipeline.curve import Curve, Row, read_curve, read_rows
 from pipeline.device import arrange, attention_kernel, full_memory_is_the_users, peak_mib
-from pipeline.diffusion import Objective, logit_normal, power, within
+from pipeline.diffusion import Objective, logit_normal, on_device, power, within
 from pipeline.errors import UserError
 from pipeline.evaluate.losses import Questions, mean_loss, spread
 from pipeline.families.base import Family
@@ -113,7 +113,7 @@ def train(
     with full_memory_is_the_users(denoiser, sum(p.numel() for p in parameters), hardware.micro_batch or settings.batch_size):
         model = accelerator.prepare_model(denoiser, evaluation_mode=True)
     networks = [model, *text_modules.values()]
-    asked = measured or objective
+    objective, asked = (on_device(o, accelerator.device) for o in (objective, measured or objective))
     optimiser = accelerator.prepare_optimizer(optimiser)
     average = [p.detach().clone() for p in parameters] if settings.ema_decay else None
     checkpoint = team.from_first(latest_checkpoint(work / "checkpoints") if team.rank == 0 else None)
@@ -247,10 +247,10 @@ def _loss_sum(
     batch = batches.batch(step, start, stop)
     shape = NoiseShape(settings.noise_offset, settings.pyramid_noise, settings.input_perturbation)
     noise = shape.noise(batch.noise, settings.seed, step, start)
-    input_noise = shape.input_noise(noise, settings.seed, step, start).to(device)
-    x_0, noise = batch.x_0.to(device), noise.to(device)
-    t = objective.timesteps(_placed(batch.u, settings)).to(device)
-    text = live.encode(batch.captions) if live else {part: values.to(device) for part, values in batch.text.items()}
+    input_noise = _sent(shape.input_noise(noise, settings.seed, step, start), device)
+    x_0, noise = _sent(batch.x_0, device), _sent(noise, device)
+    t = _sent(objective.timesteps(_placed(batch.u, settings)), device)
+    text = live.encode(batch.captions) if live else {part: _sent(values, device) for part, values in batch.text.items()}
     x_t = objective.noised(x_0, input_noise, t)
     dtype = next(model.parameters()).dtype
     predicted = family.predict(
@@ -258,11 +258,16 @@ def _loss_sum(
         x_t.to(dtype),
         t,
         {part: values.to(dtype) for part, values in text.items()},
-        batch.geometry.to(device),
+        _sent(batch.geometry, device),
     )
-    mask = None if batch.mask is None else batch.mask.to(device)
+    mask = None if batch.mask is None else _sent(batch.mask, device)
     losses = sample_losses(_loss(settings), objective, predicted, objective.target(x_0, noise, t), t, mask)
-    return (losses * batch.weight.to(losses)).sum()
+    return (losses * _sent(batch.weight, device).to(losses.dtype)).sum()
+
+
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    """To the device without waiting for it: a copy from pageable memory would wait for all that was asked of the GPU before."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def _placed(u: Tensor, settings: Train) -> Tensor:

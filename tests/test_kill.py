@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import signal
 import subprocess
@@ -30,8 +31,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
 
 
 def prepare(project: Project) -> None:
-    project.set("train", steps=STEPS)
-    project.set("runtime", checkpoint_every=3)
+    project.set("train", steps=STEPS, ema_decay=0.95)
+    project.set("runtime", checkpoint_every=3, micro_batch=2)
 
 
 def adapter(project: Project) -> bytes:
@@ -101,9 +102,12 @@ DVC = (sys.executable, "-m", "dvc", "repro", "train-lora")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpoint", [1, 4])
-def test_sigkill_of_the_trainer(project: Project, whole: bytes, checkpoint: int) -> None:
-    process = start_and_wait(project, sys.executable, "cli.py", "run", "train-lora", checkpoint=checkpoint)
+@pytest.mark.parametrize("seed", range(5))
+def test_sigkill_of_the_trainer_at_a_random_step(project: Project, whole: bytes, seed: int) -> None:
+    """With a moving average and accumulation on."""
+    chance = random.Random(seed)
+    process = start_and_wait(project, sys.executable, "cli.py", "run", "train-lora", checkpoint=chance.randint(1, 9))
+    time.sleep(chance.random() * 0.5)
     pid = trainer(project)
     assert pid
     os.kill(pid, signal.SIGKILL)
