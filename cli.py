@@ -29,7 +29,10 @@ app.add_typer(cache, name="cache")
 @app.command()
 def run(
     stage: Annotated[str | None, typer.Argument(help="Bring only this stage and those before it up to date.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change params.yaml first.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change params.yaml first; @FILE is a list of its lines."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Run even what is up to date; training starts from scratch.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and why, and change nothing.")] = False,
 ) -> None:

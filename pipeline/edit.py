@@ -50,12 +50,22 @@ def _edited(workspace: Workspace, assignments: list[str]) -> tuple[CommentedMap,
         if not equals or "." not in key:
             raise UserError(f"--set {assignment}: expected section.key=value, as in --set train.steps=500")
         try:
-            value = YAML(typ="rt").load(text) if text else ""
+            value = _lines_of(workspace, text[1:]) if text.startswith("@") else YAML(typ="rt").load(text) if text else ""
         except YAMLError as error:
             raise UserError(f"--set {assignment}: {text!r} is not a YAML value: {str(error).splitlines()[0]}") from None
         _assign(document, key.split("."), value)
     after = check_params(document, where="--set").model_dump(mode="json", by_alias=True)
     return document, value_changes(before, after)
+
+
+def _lines_of(workspace: Workspace, name: str) -> list[str]:
+    """The lines of a file as a list, as in `--set validate.prompts=@prompts.txt`: what is used stands in `params.yaml`, where DVC
+    sees it change."""
+    path = workspace.root / name
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--set …=@{name}: the file cannot be read: {error}") from None
 
 
 def _as_null(representer: Any, _: None) -> Any:

@@ -18,8 +18,8 @@ from pipeline.families.base import Family
 from pipeline.model_source import LocalModel
 from pipeline.pictures import labelled_grid
 from pipeline.progress import progress, say
+from pipeline.workspace import PREVIEWS
 
-PREVIEWS = "previews"  # folder in the work directory, a grid a step
 _MOST = 6  # pictures a grid
 
 

@@ -31,7 +31,7 @@ from pipeline.errors import UserError
 from pipeline.files import hash_json, hash_tree
 from pipeline.progress import say
 from pipeline.stage import Stage
-from pipeline.workspace import ADAPTER, DIST, TRAIN_REPORT, VALIDATE_REPORT, Workspace
+from pipeline.workspace import ADAPTER, DIST, PREVIEWS, TRAIN_REPORT, VALIDATE_REPORT, Workspace
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -130,6 +130,7 @@ def live_curves(stage: Stage) -> Iterator[Callable[[list[Row]], None]]:
 
 def _send_live(stage: Stage, incoming: queue.Queue[list[Row] | None]) -> None:
     start, steps, open_ = time.monotonic(), 0, True
+    shown: set[str] = set()
     try:
         client, experiment = connect(stage.workspace, stage.params.tracking)
         fresh = os.environ.get("REPROLORA_FORCE") == "1"
@@ -150,6 +151,10 @@ def _send_live(stage: Stage, incoming: queue.Queue[list[Row] | None]) -> None:
                         break
             except queue.Empty:
                 pass
+            for grid in sorted((stage.work / PREVIEWS).glob("step-*.png")):
+                if grid.name not in shown:
+                    client.log_artifact(run_id, str(grid), PREVIEWS)
+                    shown.add(grid.name)
             if batch:
                 steps += len(batch)
                 rate = steps / (time.monotonic() - start)
@@ -298,7 +303,7 @@ def _runs_of_files(workspace: Workspace) -> list[Run]:
         Run(
             "train-lora",
             training["identity"],
-            _flat(training["params"]),
+            _flat({**training["params"], "lineage": {"encodings": training["encodings"]}}),
             {"final_loss": _json(root / TRAIN_REPORT / "metrics.json")["final_loss"]},
             (root / ADAPTER / "adapter.safetensors", root / ADAPTER / "training.json"),
             curve,
@@ -316,7 +321,7 @@ def _runs_of_files(workspace: Workspace) -> list[Run]:
             validation["identity"],
             _flat({"validate": validation["settings"]}),
             _json(report / "metrics.json"),
-            (report / "before-after.png", report / "scales.png", *sorted((report / "samples").glob("*.png"))),
+            (*sorted(p for p in report.iterdir() if p.suffix in (".png", ".csv")), *sorted((report / "samples").glob("*.png"))),
         )
     )
     dist = root / DIST

@@ -62,6 +62,8 @@ class Workspace:
         return self.home / "mlruns"
 
 
+PREVIEWS = "previews"  # in a training's work directory: pictures of the adapter in the making, a grid a step
+
 # The tracked outs, relative to the root; dvc.yaml declares the same.
 DATASET = Path("build/dataset")
 UNPACKED = DATASET / "images"  # pictures out of archives

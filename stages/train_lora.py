@@ -10,7 +10,7 @@ from pipeline.continuation import adopt
 from pipeline.curve import HELD_OUT_COLUMNS, curve_csv, read_curve, read_held_out
 from pipeline.encodings import Encodings
 from pipeline.families import family
-from pipeline.files import write_bytes, write_json, write_text
+from pipeline.files import hash_file, write_bytes, write_json, write_text
 from pipeline.follow import follow
 from pipeline.launch import Processes, launch, processes_of
 from pipeline.model_source import resolve
@@ -46,6 +46,7 @@ def main(stage: Stage) -> None:
             "family": params.model.family,
             "denoiser_key": family(params.model.family).denoiser_key,
             **facts,
+            "encodings": hash_file(root / ENCODED / "index.json"),
             "params": {name: params.section(name) for name in ("model", "lora", "train")},  # as they were set
         },
     )

@@ -183,7 +183,7 @@ def main(stage: Stage) -> None:
     _grid(settings, judge.samples, scales).save(out / "scales.png")
     if settings.untriggered_prompts:
         _grid(settings, judge.samples, (0.0, main_scale), settings.untriggered_prompts).save(out / "untriggered.png")
-    _write_nearest(out, gallery, matches, copied)
+    _write_nearest(out, gallery, matches, copied, [s.id for s in spread(ours["train"], _PICTURES)])
     if rows:
         rows = [{**row, **_ratios({**losses, **row})} for row in rows]
         write_text(out / "checkpoints.csv", curve_csv(rows, ["step", *(name for name in rows[0] if name != "step")]))
@@ -249,14 +249,20 @@ def _grid(settings: Validate, samples: Path, scales: tuple[float, ...], prompts:
     )
 
 
-def _write_nearest(out: Path, gallery: Gallery, matches: list[Match], copied: list[tuple[int, int]]) -> None:
-    """The samples that are most like a training picture, copies first: a list, and a picture to judge by eye."""
+def _write_nearest(out: Path, gallery: Gallery, matches: list[Match], copied: list[tuple[int, int]], ids: list[str]) -> None:
+    """The samples that are most like a training picture, copies first: a list, and a picture to judge by eye.
+
+    Args:
+        ids: of the training pictures, as build/encoded/index.json has them.
+    """
     far = {match.sample: match.cosine for match in matches}
     pairs = [(i, j, True) for i, j in copied]
     known = {i for i, _, _ in pairs}
     pairs += [(m.sample, m.picture, False) for m in sorted(matches, key=lambda m: -m.cosine) if m.sample not in known]
     pairs = pairs[:_NEAREST]
-    listed = [{"prompt": gallery.prompts[i], "training_picture": j, "copy": copy, "cosine": far.get(i)} for i, j, copy in pairs]
+    listed = [
+        {"prompt": gallery.prompts[i], "training_picture": ids[j], "copy": copy, "cosine": far.get(i)} for i, j, copy in pairs
+    ]
     write_json(out / "nearest.json", listed)
     if pairs:
         labelled_grid(

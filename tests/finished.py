@@ -51,6 +51,7 @@ def finish(project: Project, **export: Any) -> Project:
             "lora": spec,
             "text_lora": text_spec if text else None,
             "text_components": sorted(text),
+            "encodings": "e" * 64,
             "params": {section: params.section(section) for section in ("model", "lora", "train")},
         },
     )

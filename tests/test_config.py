@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -243,3 +244,13 @@ def test_a_bad_set_changes_nothing(tmp_path: Path, assignment: str) -> None:
     with pytest.raises(UserError, match="--set"):
         set_values(workspace, ["lora.rank=2", assignment])
     assert workspace.params.read_text(encoding="utf-8") == SHIPPED
+
+
+def test_prompts_come_from_a_file(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "params.yaml", tmp_path / "params.yaml")
+    (tmp_path / "prompts.txt").write_text("one: a cat\n\n  two, # not a comment\n", encoding="utf-8")
+    workspace = Workspace(tmp_path, tmp_path)
+    set_values(workspace, ["validate.prompts=@prompts.txt"])
+    assert load_params(tmp_path / "params.yaml").validate_.prompts == ("one: a cat", "two, # not a comment")
+    with pytest.raises(UserError, match=r"@none.txt: the file cannot be read"):
+        set_values(workspace, ["validate.prompts=@none.txt"])

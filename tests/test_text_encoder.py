@@ -152,12 +152,14 @@ def test_the_whole_run(new_project: Callable[[], Project]) -> None:
     project = new_project()
     project.set("lora", text_encoder=True, rank_pattern={"to_k": 3}, alpha_pattern={"to_k": 5.0})
     project.set("runtime", sample_every=4)
+    project.set("tracking", enabled=True)
     done = project.cli("run")
     assert done.returncode == 0, done.stdout + done.stderr
     assert any(key.startswith("lora_te_") for key in load_file(project.path("dist/adapter/tiny.safetensors")))
     assert "text encoder" in project.path("dist/adapter/README.md").read_text()
     grids = list(project.root.glob(".work/train-lora/*/previews/step-*.png"))
     assert [grid.name for grid in grids] == ["step-00000004.png"]
+    assert list(project.path("mlruns/artifacts").rglob("previews/step-00000004.png"))
     before = project.path("build/adapter/adapter.safetensors").read_bytes()
     project.set("runtime", sample_every=None)
     assert project.cli("stage", "train-lora", REPROLORA_FORCE="1").returncode == 0
