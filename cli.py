@@ -35,8 +35,12 @@ def run(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Run even what is up to date; training starts from scratch.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and why, and change nothing.")] = False,
+    pull: Annotated[bool, typer.Option("--pull", help="First take what a DVC remote has.")] = False,
+    push: Annotated[bool, typer.Option("--push", help="Then send what is finished there, after a failure too.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Models that are not pinned are errors, as in CI.")] = False,
 ) -> None:
     """Bring the pipeline up to date: DVC runs the stages whose inputs changed."""
+    from pipeline import share
     from pipeline.config import load_params
     from pipeline.dataset.source import require_folder
     from pipeline.dvc import reproduce
@@ -51,8 +55,14 @@ def run(
         return
     for change in set_values(workspace, set_ or []):
         typer.echo(f"params.yaml: {change}")
+    if strict:
+        os.environ["REPROLORA_STRICT"] = "1"
+    if pull:
+        share.pull(workspace)
     require_folder(workspace.root / load_params(workspace.params).dataset.path)
-    code, outcomes = reproduce(workspace, stage, force)
+    code, outcomes = reproduce(workspace, stage, force, pull)
+    if push:
+        share.push(workspace)
     print_summary(workspace, outcomes)
     if code:
         raise typer.Exit(_exit_code(code, [o.what for o in outcomes]))
@@ -84,6 +94,34 @@ def check() -> None:
 
     if not check_all(Workspace.here()):
         raise typer.Exit(EXIT_USER_ERROR)
+
+
+@app.command()
+def diff(revision: Annotated[str, typer.Argument(metavar="REV", help="A commit, tag, branch or experiment.")] = "HEAD") -> None:
+    """Compare settings, metrics and samples with another revision's: a table here, and reports/diff.html."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from pipeline.page.diff import differences, write_diff
+    from pipeline.workspace import Workspace
+
+    workspace = Workspace.here()
+    for title, rows in zip(("setting", "metric"), differences(workspace, revision), strict=True):
+        table = Table(title, revision, "now", "", box=None, pad_edge=False)
+        for row in rows:
+            word = {True: "better", False: "worse", None: ""}[row.better]
+            table.add_row(*(escape(text) for text in (row.what, row.then, row.now, word)))
+        Console().print(table if rows else f"every {title} is the same")
+    typer.echo(write_diff(workspace, revision))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of params.yaml; params.schema.json is this, committed."""
+    from pipeline.schema import schema_text
+
+    typer.echo(schema_text(Path(__file__).resolve().parent / "params.yaml"), nl=False)
 
 
 @app.command()

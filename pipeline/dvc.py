@@ -40,12 +40,24 @@ class StageOutcome:
     seconds: float | None
 
 
-def reproduce(workspace: Workspace, stage: str | None, force: bool) -> tuple[int, list[StageOutcome]]:
-    """`dvc repro`, with its output passed through; returns its exit code and what became of each stage."""
+def reproduce(workspace: Workspace, stage: str | None, force: bool, pull: bool = False) -> tuple[int, list[StageOutcome]]:
+    """`dvc repro`, with its output passed through; returns its exit code and what became of each stage.
+
+    Args:
+        pull: let DVC fetch what its run cache knows and its cache lacks.
+    """
     run = uuid.uuid4().hex[:12]
     environment = {**_environment(), "REPROLORA_RUN": run} | ({"REPROLORA_FORCE": "1"} if force else {})
     before, complete = _locked(workspace), {n: _outs_exist(workspace, d) for n, d in declarations(workspace).items()}
-    command = [sys.executable, "-m", "dvc", "repro", *(["--force"] if force else []), *([stage] if stage else [])]
+    command = [
+        sys.executable,
+        "-m",
+        "dvc",
+        "repro",
+        *(["--force"] if force else []),
+        *(["--pull"] if pull else []),
+        *([stage] if stage else []),
+    ]
     process = subprocess.Popen(command, cwd=workspace.root, env=environment, preexec_fn=_die_with_parent)
     interrupted = False
     while True:

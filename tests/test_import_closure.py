@@ -23,9 +23,12 @@ COMMANDS = (
     "fetch",
     "gating",
     "generate",
+    "page/diff",
     "playground",
     "quiet_torchrun",
     "registered_model",
+    "schema",
+    "share",
     "studio",
     "summary",
 )

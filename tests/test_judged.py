@@ -145,6 +145,10 @@ def test_the_gate_against_a_commit_and_what_changed_since(judged: Project) -> No
     assert (
         "Since the last commit" in page and "<td>0.01</td><td>1e-05</td>" in page and "<td><code>train_loss</code></td>" in page
     )
+    done = judged.cli("diff", "HEAD")
+    assert done.returncode == 0 and "train.learning_rate" in done.stdout and "worse" in done.stdout, done.stdout + done.stderr
+    page = judged.path("reports/diff.html").read_text()
+    assert page.count("<figure") == 2 and "<script" not in page and "train.learning_rate" in page
     done = judged.cli("gate", "--against", "no-such-commit")
     assert done.returncode == 2 and "no-such-commit" in done.stderr
 

@@ -1,0 +1,80 @@
+"""What others have made already: results from a DVC remote before a run, and to it after one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from pipeline.config import load_params
+from pipeline.errors import UserError
+from pipeline.progress import say
+from pipeline.workspace import Workspace
+
+
+def pull(workspace: Workspace) -> None:
+    """Fetch results and the run cache, and put in place what is missing here. What lies here is left as it is.
+
+    Best effort: what the remote does not have is made.
+
+    Raises:
+        UserError: the project has no remote.
+    """
+    _require_remote(workspace)
+    fetched = _dvc(workspace, "fetch", "--run-cache")
+    if fetched.returncode:
+        say(f"  not everything could be fetched ({_last(fetched)}): what is missing is made")
+    missing = [path for path in _tracked(workspace) if not (workspace.root / path).exists()]
+    for path in missing:  # one by one: a folder that the remote lacks must not keep the others away
+        _dvc(workspace, "checkout", path)
+    there = [path for path in missing if (workspace.root / path).exists()]
+    say(f"  from the remote: {', '.join(there) if there else 'nothing that is missing here'}")
+
+
+def push(workspace: Workspace) -> None:
+    """Send results and the run cache, of finished stages too whose followers failed.
+
+    Raises:
+        UserError: there is no remote, or it takes nothing.
+    """
+    _require_remote(workspace)
+    pushed = _dvc(workspace, "push", "--run-cache")
+    if pushed.returncode:
+        raise UserError(f"the results could not be pushed: {_last(pushed)}. They lie here, and the next push sends them")
+    say(f"  to the remote: {_last(pushed) or 'everything'}")
+
+
+def _tracked(workspace: Workspace) -> list[str]:
+    """Outs that `dvc.lock` records, and the dataset where a `.dvc` file does."""
+    lock = workspace.dvc_lock
+    loaded: dict[str, Any] = (YAML(typ="safe").load(lock.read_text(encoding="utf-8")) or {}) if lock.is_file() else {}
+    paths = [out["path"] for stage in loaded.get("stages", {}).values() for out in stage.get("outs", [])]
+    data = Path(load_params(workspace.params).dataset.path)
+    note = workspace.root / data.parent / f"{data.name}.dvc"
+    return [str(data), *paths] if note.is_file() else paths
+
+
+def _require_remote(workspace: Workspace) -> None:
+    if not _dvc(workspace, "remote", "list").stdout.strip():
+        raise UserError("there is no DVC remote to share with: `dvc remote add --default NAME URL` names one")
+
+
+def _dvc(workspace: Workspace, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "dvc", *arguments],
+        cwd=workspace.root,
+        env=dict(os.environ),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def _last(done: subprocess.CompletedProcess[str]) -> str:
+    lines = [line.strip() for line in (done.stderr + "\n" + done.stdout).splitlines() if line.strip()]
+    useful = [line for line in lines if not line.startswith(("Collecting", "Fetching", "Pushing"))]
+    return (useful or [""])[-1][:300]
