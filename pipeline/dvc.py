@@ -10,9 +10,10 @@ import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -60,12 +61,13 @@ def reproduce(workspace: Workspace, stage: str | None, force: bool, pull: bool =
     ]
     process = subprocess.Popen(command, cwd=workspace.root, env=environment, preexec_fn=_die_with_parent)
     interrupted = False
-    while True:
-        try:
-            code = process.wait()
-            break
-        except KeyboardInterrupt:  # the whole group got it: DVC and the stage save and leave, we wait for them
-            interrupted = True
+    with _sigterm_to_the_stage_of(process):
+        while True:
+            try:
+                code = process.wait()
+                break
+            except KeyboardInterrupt:  # the whole group got it: DVC and the stage save and leave, we wait for them
+                interrupted = True
     executed = {e["stage"]: e for e in journal(workspace) if e["run"] == run}
     after, wanted = _locked(workspace), _up_to(list(complete), stage)
     broken = [name for name, entry in executed.items() if entry["outcome"] != "done"]
@@ -178,6 +180,25 @@ def _yaml(path: Path) -> dict[str, Any]:
 def _environment() -> dict[str, str]:
     """Ours, with this interpreter first on the path: `dvc.yaml` says `python`."""
     return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+
+
+@contextlib.contextmanager
+def _sigterm_to_the_stage_of(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Hand SIGTERM on to the stage that DVC runs, which saves and leaves, and then DVC does: DVC itself would die at once, and we
+    would not know when the stage has saved."""
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        pids = [int(pid) for pid in children.read_text().split()] if children.is_file() else []
+        for pid in pids or [process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, hand_on)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _die_with_parent() -> None:
