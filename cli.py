@@ -116,6 +116,25 @@ def diff(revision: Annotated[str, typer.Argument(metavar="REV", help="A commit, 
     typer.echo(write_diff(workspace, revision))
 
 
+@app.command("import-config")
+def import_config(
+    file: Annotated[Path, typer.Argument(help="A .toml of sd-scripts, or a file with a diffusers script's command line.")],
+    out: Annotated[Path, typer.Option(help="What to write.")] = Path("params.yaml"),
+    family: Annotated[str | None, typer.Option(help="sd or sdxl, where the file's names do not tell.")] = None,
+) -> None:
+    """Translate another trainer's settings to params.yaml, and list what has no equivalent."""
+    from pipeline.import_config import import_config as translate
+
+    if family not in (None, "sd", "sdxl"):
+        raise UserError(f"--family {family}: sd or sdxl")
+    made = translate(file, Path(__file__).resolve().parent / "presets", out, family)
+    for line in made.carried:
+        typer.echo(f"  {line}")
+    for line in made.dropped:
+        typer.echo(f"  no equivalent: {line}")
+    typer.echo(f"{out}: a preset for {made.family} with these values; `python cli.py check` looks at the rest")
+
+
 @app.command()
 def schema() -> None:
     """Print the JSON schema of params.yaml; params.schema.json is this, committed."""

@@ -27,14 +27,24 @@ def set_values(workspace: Workspace, assignments: list[str]) -> list[str]:
     """
     document, changes = _edited(workspace, assignments)
     if changes:
-        text = io.StringIO()
-        yaml = YAML(typ="rt")
-        yaml.width = 10_000
-        yaml.indent(mapping=2, sequence=4, offset=2)
-        yaml.representer.add_representer(type(None), _as_null)
-        yaml.dump(document, text)
-        write_text(workspace.params, text.getvalue())
+        write_text(workspace.params, dumped(document))
     return changes
+
+
+def dumped(document: CommentedMap) -> str:
+    """The document as text, its comments kept."""
+    text = io.StringIO()
+    yaml = YAML(typ="rt")
+    yaml.width = 10_000
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml.representer.add_representer(type(None), _as_null)
+    yaml.dump(document, text)
+    return text.getvalue()
+
+
+def assign(document: CommentedMap, key: str, value: Any) -> None:
+    """Set `section.key` in a document, in place."""
+    _assign(document, key.split("."), value)
 
 
 def preview_values(workspace: Workspace, assignments: list[str]) -> list[str]:

@@ -23,6 +23,7 @@ COMMANDS = (
     "fetch",
     "gating",
     "generate",
+    "import_config",
     "page/diff",
     "playground",
     "quiet_torchrun",

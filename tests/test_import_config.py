@@ -1,0 +1,143 @@
+"""Settings of sd-scripts and of diffusers' examples, as their users write them, in our terms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import load_params
+from pipeline.errors import UserError
+from pipeline.import_config import import_config
+
+PRESETS = Path(__file__).parent.parent / "presets"
+KOHYA = """
+pretrained_model_name_or_path = "runwayml/stable-diffusion-v1-5"
+output_name = "my style"
+output_dir = "out"
+network_module = "networks.lora"
+
+[additional_network_arguments]
+network_dim = 32
+network_alpha = 16
+unet_lr = 1e-4
+text_encoder_lr = 5e-5
+learning_rate = 2e-4
+
+[optimizer_arguments]
+optimizer_type = "AdamW8bit"
+lr_scheduler = "cosine_with_restarts"
+lr_scheduler_num_cycles = 3
+lr_warmup_steps = 100
+max_grad_norm = 1.0
+
+[training_arguments]
+max_train_epochs = 10
+train_batch_size = 2
+gradient_accumulation_steps = 4
+mixed_precision = "bf16"
+save_precision = "fp16"
+seed = 42
+clip_skip = 2
+min_snr_gamma = 5
+noise_offset = 0.1
+xformers = true
+lowram = true
+
+[dataset_arguments]
+cache_latents = true
+
+[[datasets]]
+resolution = "512,512"
+enable_bucket = true
+min_bucket_reso = 320
+max_bucket_reso = 960
+bucket_reso_steps = 64
+flip_aug = true
+shuffle_caption = true
+keep_tokens = 1
+  [[datasets.subsets]]
+  image_dir = "data/train"
+"""
+DIFFUSERS = """
+export MODEL_NAME="stabilityai/stable-diffusion-xl-base-1.0"
+export OUTPUT_DIR="out"
+
+accelerate launch --mixed_precision="fp16" train_text_to_image_lora_sdxl.py \\
+  --pretrained_model_name_or_path=$MODEL_NAME \\
+  --train_data_dir="pictures of mine" --caption_column="text" \\
+  --resolution=1024 --random_flip \\
+  --train_batch_size=1 --gradient_accumulation_steps 4 \\
+  --max_train_steps=1500 --learning_rate=1e-04 --lr_scheduler="constant" --lr_warmup_steps=0 \\
+  --rank=8 --seed=42 --snr_gamma=5.0 --checkpointing_steps=500 \\
+  --validation_prompt="cute dragon creature" --report_to="wandb" \\
+  --output_dir=${OUTPUT_DIR} --enable_npu_flash_attention
+"""
+
+
+def test_kohyas_toml(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text(KOHYA.replace("my style", "my-style"))
+    made = import_config(tmp_path / "config.toml", PRESETS, tmp_path / "params.yaml")
+    p = load_params(tmp_path / "params.yaml")
+    assert p.model.family == "sd" and p.model.base == "runwayml/stable-diffusion-v1-5" and p.export.name == "my-style"
+    assert (p.lora.rank, p.lora.alpha, p.lora.text_encoder) == (32, 16.0, True)
+    assert (p.train.learning_rate, p.train.text_encoder_learning_rate) == (1e-4, 5e-5)
+    assert (p.train.optimiser, p.train.schedule, p.train.schedule_cycles, p.train.warmup_steps) == (
+        "adamw8bit",
+        "cosine-with-restarts",
+        3,
+        100,
+    )
+    assert (p.train.epochs, p.train.steps, p.train.batch_size, p.runtime.micro_batch) == (10, None, 8, 2)
+    assert (p.train.mixed_precision, p.train.seed, p.train.min_snr_gamma, p.train.noise_offset) == ("bf16", 42, 5.0, 0.1)
+    assert p.encode.clip_skip == 1 and p.encode.flip and p.export.dtype == "float16"
+    assert p.dataset.path == "data/train" and p.dataset.resolution == 512
+    assert p.dataset.buckets and (p.dataset.buckets.step, p.dataset.buckets.min_side, p.dataset.buckets.max_side) == (
+        64,
+        320,
+        960,
+    )
+    assert p.dataset.shuffle_tags and p.dataset.keep_tags == 1
+    assert made.dropped == ["lowram True"]
+    assert "cache_latents: latents are always cached, by content" in made.carried
+    assert "# inner dimension" in (tmp_path / "params.yaml").read_text()  # a preset's comments
+
+
+def test_the_diffusers_scripts_command_line(tmp_path: Path) -> None:
+    (tmp_path / "train.sh").write_text(DIFFUSERS)
+    made = import_config(tmp_path / "train.sh", PRESETS, tmp_path / "params.yaml")
+    p = load_params(tmp_path / "params.yaml")
+    assert p.model.family == "sdxl" and p.model.base == "stabilityai/stable-diffusion-xl-base-1.0"
+    assert p.dataset.path == "pictures of mine" and p.dataset.caption_column == "text" and p.encode.flip
+    assert (p.lora.rank, p.lora.alpha) == (8, 8.0)  # the script has no alpha
+    assert (p.train.steps, p.train.batch_size, p.runtime.micro_batch) == (1500, 4, 1)
+    assert p.validate_.prompts == ("cute dragon creature",) and p.runtime.checkpoint_every == 500
+    assert made.dropped == ["enable_npu_flash_attention True"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.toml", "a = ", "not valid TOML"),
+        ("a.sh", "echo hello", "neither a .toml of sd-scripts nor"),
+        ("a.sh", "python train_x.py --a='b", "cannot be read"),
+        ("a.toml", "network_dim = 0", "lora.rank"),
+    ],
+)
+def test_what_cannot_be_translated_is_said(tmp_path: Path, name: str, text: str, said: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=said):
+        import_config(tmp_path / name, PRESETS, tmp_path / "params.yaml")
+    assert not (tmp_path / "params.yaml").exists()
+
+
+def test_values_without_an_equivalent_are_listed_and_nothing_is_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text('optimizer_type = "DAdaptation"\nresolution = "512,768"\n[[datasets]]\n[[datasets]]\n')
+    made = import_config(tmp_path / "a.toml", PRESETS, tmp_path / "params.yaml")
+    assert [line.split(":")[0] for line in made.dropped] == [
+        "datasets 2 and on 1 more",
+        "optimizer_type DAdaptation",
+        "resolution 512,768",
+    ]
+    with pytest.raises(UserError, match="exists"):
+        import_config(tmp_path / "a.toml", PRESETS, tmp_path / "params.yaml")
