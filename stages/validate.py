@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,7 @@ def main(stage: Stage) -> None:
     forwards = settings.loss_timesteps * sum(map(len, judge.sides.values()))
     plain = len(settings.untriggered_prompts) * len(settings.seeds)
     shots = len(settings.prompts) * len(settings.seeds)
-    total = shots * len(scales) + 2 * plain + 2 * forwards + (forwards + shots) * len(snapshots)
+    total = shots * len(scales) + 2 * plain + 2 * forwards + (forwards + shots + plain) * len(snapshots)
     with progress("sampling and measuring", total, "items") as bar:
         losses = judge.losses("base_", bar)
         judge.draw([*_shots(settings, 0.0), *_plain(settings, 0.0)], judge.samples, bar)  # the untouched base
@@ -138,7 +138,7 @@ def main(stage: Stage) -> None:
             _weigh(networks, 1.0)
             rows.append({"step": float(step), **judge.losses("", bar)})
             _weigh(networks, main_scale)
-            judge.draw(_shots(settings, main_scale), judge.samples / f"step-{step}", bar)
+            judge.draw([*_shots(settings, main_scale), *_plain(settings, main_scale)], judge.samples / f"step-{step}", bar)
 
     def pictures(chosen: list[EncodedSample]) -> list[Image.Image]:
         """As the base sees them: both sides of a comparison went through the same VAE."""
@@ -161,18 +161,28 @@ def main(stage: Stage) -> None:
     metrics = {**losses, **_ratios(losses)}
     copied = copies(gallery.adapted, gallery.train)
     metrics["memorised_share"] = len(copied) / len(gallery.adapted)
+    on_the_way = [
+        replace(
+            gallery,
+            adapted=drawn(_shots(settings, main_scale), judge.samples / f"step-{step}"),
+            plain_adapted=drawn(_plain(settings, main_scale), judge.samples / f"step-{step}"),
+        )
+        for step, _ in snapshots
+    ]
+    for row, then in zip(rows, on_the_way, strict=True):
+        row["memorised_share"] = len(copies(then.adapted, then.train)) / len(then.adapted)
     matches: list[Match] = []
     if settings.clip_model:
         clip = Clip(resolve(ModelSource(settings.clip_model, settings.clip_revision), root, "validate.clip_model"), device)
         scores, matches = clip_metrics(clip, gallery)
         metrics |= scores
-        for row, (step, _) in zip(rows, snapshots, strict=True):
-            then = drawn(_shots(settings, main_scale), judge.samples / f"step-{step}")
-            earlier, _ = clip_metrics(clip, Gallery(gallery.prompts, gallery.base, then, gallery.train, gallery.held_out))
-            row |= {name: value for name, value in earlier.items() if not name.startswith("base_")}
+        for row, then in zip(rows, on_the_way, strict=True):
+            row |= {name: value for name, value in clip_metrics(clip, then)[0].items() if not name.startswith("base_")}
     if settings.dino_model:
-        source = ModelSource(settings.dino_model, settings.dino_revision)
-        metrics |= dino_metrics(Dino(resolve(source, root, "validate.dino_model"), device), gallery)
+        dino = Dino(resolve(ModelSource(settings.dino_model, settings.dino_revision), root, "validate.dino_model"), device)
+        metrics |= dino_metrics(dino, gallery)
+        for row, then in zip(rows, on_the_way, strict=True):
+            row |= {name: value for name, value in dino_metrics(dino, then).items() if not name.startswith("base_")}
 
     out = stage.out(VALIDATE_REPORT)
     (out / "samples").mkdir()

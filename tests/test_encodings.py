@@ -13,12 +13,14 @@ from encoded import FLIPPED, HOW, encode_folder, encode_manifest, prepare_folder
 from PIL import Image
 
 from pipeline.batches import Batches
-from pipeline.dataset.geometry import Geometry
+from pipeline.dataset.geometry import Geometry, cut
 from pipeline.encode import token_report
 from pipeline.encodings import ContentStore, EncodedSample, Index, Reading, latent_key, mask_key, text_key, write_encoded
 from pipeline.encodings import Encodings as Reader
 from pipeline.errors import UserError
+from pipeline.families import family
 from pipeline.files import files_under, hash_tree
+from pipeline.model_source import LocalModel
 
 GEOMETRY = Geometry((64, 48), (43, 32), (5, 0, 37, 32))
 
@@ -392,3 +394,32 @@ def test_the_store_is_counted_cleaned_and_verified(pictures: Path, sd_folder: Pa
     victim.write_bytes(bytes(data))
     assert verify(workspace)[0] == 1 and not victim.exists()
     assert verify(workspace)[0] == 0
+
+
+def test_another_commit_of_the_base_is_another_base() -> None:
+    one, two = (LocalModel(Path("/nowhere"), None, commit * 40) for commit in "ab")
+    for folders in (("vae",), ("text_encoder", "tokenizer")):
+        assert one.fingerprint(*folders) != two.fingerprint(*folders)
+    assert one.fingerprint("vae") != one.fingerprint("text_encoder")
+
+
+def test_tiles_are_the_librarys_own(pictures: Path, sd_folder: Path, tmp_path: Path) -> None:
+    """A picture larger than the VAE's tile goes through in tiles, and comes out as diffusers' tiled VAE gives it."""
+    kind, model = family("sd"), LocalModel(sd_folder, None, None)
+    put = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8))
+    for path in pictures.iterdir():
+        path.unlink()
+    put.save(pictures / "large.png")
+    (pictures / "large.txt").write_text("large")
+    dataset = {"resolution": 64, "buckets": {"step": 8, "min_side": 32, "max_side": 96}, "held_out_fraction": 0.0}
+    tiled, _ = encode_folder(pictures, sd_folder, tmp_path / "s", tmp_path / "t", how=replace(HOW, tiling=True), **dataset)
+    whole, _ = encode_folder(pictures, sd_folder, tmp_path / "s", tmp_path / "w", **dataset)
+    a, b = (e.read(e.index.samples[0].latents[0])["mean"] for e in (tiled, whole))
+    assert tiled.index.samples[0].latents != whole.index.samples[0].latents and not torch.equal(a, b)
+    vae = kind.load_vae(model, torch.device("cpu"), torch.float32)
+    vae.enable_tiling()
+    [sample] = prepare_folder(pictures, **dataset).samples
+    pixels = torch.from_numpy(np.asarray(cut(put, sample.geometry), np.float32) / 127.5 - 1)
+    with torch.no_grad():
+        wanted = kind.encode_pixels(vae, pixels.permute(2, 0, 1)[None].expand(8, -1, -1, -1)).mean[0]
+    torch.testing.assert_close(a, wanted, rtol=1e-4, atol=1e-5)

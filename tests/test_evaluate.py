@@ -273,3 +273,24 @@ def test_shares_of_the_bases_value_and_comparison_with_an_earlier_adapter() -> N
     assert [(f.metric, f.passed) for f in findings] == [("clip_score", True), ("cmmd", False)]
     assert findings[1].sentence() == "cmmd 1: fails (at most 0.88, from 0.8 at main)"
     assert not judge({"cmmd": float("nan")}, {"cmmd": Threshold(max=1.0)})[0].passed
+
+
+def test_the_embedded_clip_tells_right_prompts_from_shuffled_ones() -> None:
+    """Real weights and pictures that it was trained on: each caption with its own picture, and with the next one's."""
+    import sys
+
+    assets = Path(__file__).parent.parent / "assets"
+    sys.path.insert(0, str(assets))
+    from world import draw, random_scene
+
+    rng = np.random.default_rng(3)
+    scenes = [random_scene(rng) for _ in range(24)]
+    pictures = [draw(scene, rng) for scene in scenes]
+    prompts = [scene.caption() for scene in scenes]
+    clip = Clip(LocalModel(assets / "tiny-clip", None, None), CPU)
+    gallery = Gallery(prompts, pictures, pictures, pictures, pictures)
+    right, _ = clip_metrics(clip, gallery)
+    shuffled, _ = clip_metrics(clip, replace(gallery, prompts=[*prompts[1:], prompts[0]]))
+    assert right["clip_score"] > shuffled["clip_score"] + 20
+    assert right["base_clip_score"] == right["clip_score"] and right["nearest_similarity"] == pytest.approx(1)
+    assert right["cmmd"] <= 0  # samples that are the data: the unbiased estimator counts each picture as its own neighbour

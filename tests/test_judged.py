@@ -73,6 +73,7 @@ def test_every_snapshot_is_judged_and_the_last_is_the_adapter(judged: Project) -
     for name in set(rows[-1]) - {"step"}:
         assert float(rows[-1][name]) == pytest.approx(metrics[name], rel=1e-5, abs=1e-7), name
     assert rows[0]["held_out_loss"] != rows[-1]["held_out_loss"]
+    assert set(rows[0]) - {"step"} == {name for name in metrics if not name.startswith("base_")}
 
 
 def test_nearest_pictures_are_listed_and_shown(judged: Project) -> None:
@@ -162,6 +163,7 @@ def test_what_passed_is_registered_once_loads_and_is_served(judged: Project) -> 
     store = f"sqlite:///{judged.path('mlruns/mlflow.db')}"
     client = MlflowClient(tracking_uri=store)
     assert client.get_model_version_by_alias("tiny", "champion").version in (1, "1")
+    assert list(judged.path("mlruns/artifacts").rglob("index.html"))  # the page
     mlflow.set_tracking_uri(store)
     model = mlflow.pyfunc.load_model("models:/tiny@champion")
     rows = pd.DataFrame({"prompt": ["zyx, a red circle"], "seed": [0]})

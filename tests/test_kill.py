@@ -11,9 +11,12 @@ import sys
 import time
 from collections.abc import Callable
 
+import numpy as np
 import psutil
 import pytest
+from PIL import Image
 from project import Project
+from safetensors import safe_open
 
 STEPS = 40
 
@@ -202,3 +205,42 @@ def test_a_second_runner_is_told_who_runs(project: Project) -> None:
     assert f"train-lora is already running with these settings (pid {pid})" in second.stderr
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(timeout=30)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigkill_of_the_encoding_keeps_what_is_done(project: Project, processes: int) -> None:
+    """Killed between two segments of the store: the next run encodes the rest and no more."""
+    for i in range(150):
+        image = Image.fromarray(np.random.default_rng(i).integers(0, 255, (32, 32, 3), dtype=np.uint8))
+        image.save(project.path(f"data/more{i:03d}.png"))
+        project.path(f"data/more{i:03d}.txt").write_text("noise")
+    project.set("runtime", processes=processes)
+    path = project.path("pipeline/encoders.py")
+    pattern = r"^( +)(posterior = vae.encode\(.*\n)"
+    marked = re.sub(pattern, r"\1__import__('time').sleep(0.4)\n\1\2", path.read_text(), flags=re.M)
+    assert marked != path.read_text()
+    path.write_text(marked)
+    assert project.cli("stage", "prepare-dataset").returncode == 0
+    process = project.start(sys.executable, "cli.py", "stage", "precompute-latents-and-embeddings")
+
+    def latents() -> int:
+        found = 0
+        for segment in project.path(".work/store").glob("*.safetensors"):
+            with safe_open(segment, framework="pt") as file:
+                found += sum(name.endswith(".mean") for name in file.keys())
+        return found
+
+    wait_for(lambda: latents() >= 64)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(timeout=30)
+    wait_for(lambda: not processes_left(project), 45)  # the workers notice
+    done_already = latents()
+    assert 64 <= done_already < 160
+    done = project.cli("stage", "precompute-latents-and-embeddings")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"encoded {160 - done_already} pictures" in done.stdout
+
+
+def processes_left(project: Project) -> list[psutil.Process]:
+    return [p for p in processes(project) if p.status() != psutil.STATUS_ZOMBIE]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from pipeline.families import family
 from pipeline.model_source import LocalModel
 from pipeline.progress import progress
 from pipeline.safetensors_file import write_safetensors
-from pipeline.train import Hardware, read_curve, train
+from pipeline.train import Hardware, _loss_sum, read_curve, train
 
 SPEC = lora.LoraSpec(rank=2, alpha=4.0, dropout=0.0, targets=("to_q", "to_k", "to_v", "to_out.0"))
 
@@ -346,3 +346,23 @@ def test_sd15_rank_4_has_the_parameters_the_method_is_known_by(tmp_path: Path) -
     file = tmp_path / "adapter.safetensors"
     write_safetensors(file, {name: torch.zeros(tensor.shape) for name, tensor in lora.state(unet).items()})
     assert 3.18e6 < file.stat().st_size < 3.25e6
+
+
+def test_prior_weight_and_masks_reach_the_loss(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regularisation pictures of weight 0 and black masks: what is left is the other samples' loss alone."""
+    kind, model, settings = family("sd"), LocalModel(bench.base, None, None), Train(**bench.settings)
+    denoiser, objective = kind.load_denoiser(model, torch.float32), kind.objective(model)
+    batches = Batches(bench.encodings, 4, 3)
+    honest = batches.batch(0, 0, 4)
+
+    def loss(**changes: Any) -> float:
+        monkeypatch.setattr(batches, "batch", lambda *_: replace(honest, **changes))
+        return _loss_sum(denoiser, kind, objective, batches, settings, 0, 0, 4, torch.device("cpu"), None).item()
+
+    whole, alone = loss(), [loss(weight=torch.eye(4)[i]) for i in range(4)]
+    assert whole == pytest.approx(sum(alone), rel=1e-5) and min(alone) > 0
+    assert loss(weight=torch.tensor([1.0, 1.0, 0.5, 0.0])) == pytest.approx(alone[0] + alone[1] + alone[2] / 2, rel=1e-5)
+    masks = torch.ones(4, 1, *honest.x_0.shape[2:])
+    masks[1] = 0
+    assert loss(mask=masks) == pytest.approx(whole - alone[1], rel=1e-5)
+    assert loss(mask=torch.zeros_like(masks)) == 0
