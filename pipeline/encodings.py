@@ -27,7 +27,9 @@ from pipeline.progress import say
 from pipeline.safetensors_file import write_safetensors
 
 SCHEMA = 1  # raise it when the meaning of stored values changes
-SHARD_BYTES = 64 * 2**20  # held in memory while it is written; a shard's size aimed at; fewer, larger files cost DVC less
+SHARD_BYTES = 64 * 2**20  # a shard's size aimed at where there is much; fewer, larger files cost DVC less
+
+LEAST_SHARD_BYTES = 8 * 2**20  # ... and where there is little
 
 Entry = dict[str, Tensor]
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "U8": 1}  # of safetensors' types
@@ -224,9 +226,11 @@ def hash_tensors(tensors: Entry) -> str:
 
 
 def _shard_count(total_bytes: int) -> int:
-    """The power of two that keeps shards at or under `SHARD_BYTES` on average."""
+    """The power of two that keeps shards at or under `SHARD_BYTES` on average, and smaller ones where there is little: a
+    new picture rewrites one shard, and one is held in memory while it is written."""
+    target = min(SHARD_BYTES, max(LEAST_SHARD_BYTES, total_bytes // 8))
     count = 1
-    while total_bytes / count > SHARD_BYTES:
+    while total_bytes / count > target:
         count *= 2
     return count
 

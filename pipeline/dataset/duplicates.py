@@ -19,7 +19,7 @@ MAX_LEVELS = 6.0
 _BANDS = 5  # 64 bits in five bands: hashes that differ in at most four bits agree in one whole band
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Likeness:
     """What is compared of a picture."""
 

@@ -16,7 +16,7 @@ Size = tuple[int, int]  # width, height in pixels
 _LARGEST = 2**28  # pixels of a whole picture after resizing
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Geometry:
     """How a picture becomes a training picture: resize to `resized`, then cut `crop` out. All in pixels."""
 

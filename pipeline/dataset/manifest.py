@@ -16,7 +16,7 @@ from pipeline.workspace import UNPACKED
 Split = Literal["train", "held-out"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Mask:
     """Where the loss counts: white counts fully, black not at all."""
 
@@ -24,7 +24,7 @@ class Mask:
     pixels: str  # sha256 of the decoded mask
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
     """A picture, how it is cut, what it is called and which side of the split it is on."""
 
@@ -46,7 +46,7 @@ class Sample:
         return hash_json(content)[:16]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """All samples, sorted by path, and what is needed to find and read their pictures."""
 

@@ -33,7 +33,7 @@ AutoCaption = Callable[[list[tuple[Path, str]]], list[str]]
 """Captions for pictures without one, given their files and pixel hashes."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Prepared:
     """What prepare-dataset found out."""
 
@@ -44,7 +44,7 @@ class Prepared:
     notes: list[Reject]  # used, with something that a person should know
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Item:
     """A picture that a source found, with the concept it belongs to."""
 
@@ -55,7 +55,7 @@ class Item:
     no_mask: str  # why there is none although one is asked for
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Seen:
     """What looking at an item's pixels told."""
 

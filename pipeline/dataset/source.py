@@ -16,7 +16,7 @@ IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", "
 MAX_CAPTION_CHARACTERS = 10_000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Found:
     """A picture, its pixels unread, with what the source says of it."""
 
@@ -28,7 +28,7 @@ class Found:
     unpacked: bool = False  # the picture was taken out of an archive into the folder of unpacked pictures
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Reject:
     """A file or row that cannot be used, and why."""
 
@@ -36,7 +36,7 @@ class Reject:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Scan:
     """What a source found, both sorted by path."""
 
