@@ -116,6 +116,21 @@ def diff(revision: Annotated[str, typer.Argument(metavar="REV", help="A commit, 
     typer.echo(write_diff(workspace, revision))
 
 
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="Where the project is to lie.")],
+    images: Annotated[Path, typer.Option(help="Folder of pictures with captions; copied.")],
+    preset: Annotated[str, typer.Option(help="sd15, sdxl, sd3, or demo for the embedded base.")] = "sd15",
+    trigger: Annotated[str, typer.Option(help="Word that calls the style or subject up.")] = "",
+) -> None:
+    """Make a project of one's own: pictures, settings that suit them, and the code, under git and DVC."""
+    from pipeline.init_project import init_project
+
+    for proposal in init_project(Path(__file__).resolve().parent, folder, images, preset, trigger):
+        typer.echo(f"  {proposal.key}: {proposal.value}  ({proposal.reason})")
+    typer.echo(f"{folder} is ready: its README says how to go on")
+
+
 @app.command("import-config")
 def import_config(
     file: Annotated[Path, typer.Argument(help="A .toml of sd-scripts, or a file with a diffusers script's command line.")],

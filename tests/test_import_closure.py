@@ -24,6 +24,7 @@ COMMANDS = (
     "gating",
     "generate",
     "import_config",
+    "init_project",
     "page/diff",
     "playground",
     "quiet_torchrun",
