@@ -151,6 +151,46 @@ def import_config(
 
 
 @app.command()
+def sweep(
+    set_: Annotated[list[str], typer.Option("--set", metavar="KEY=A,B,...", help="Values to try; several make a grid.")],
+    metric: Annotated[str, typer.Option(help="What the best is best by (docs/metrics.md).")] = "held_out_loss_ratio",
+    jobs: Annotated[int, typer.Option("-j", "--jobs", min=1, help="Experiments at once.")] = 1,
+) -> None:
+    """Try combinations of settings, a DVC experiment each; the best first. A sweep that was cut off goes on."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from pipeline.page.html import number
+    from pipeline.sweep import sweep as run_all
+    from pipeline.sweep import write_sweep
+    from pipeline.workspace import Workspace
+
+    workspace = Workspace.here()
+    trials = run_all(workspace, set_, metric, jobs)
+    table = Table("settings", metric, "experiment", box=None, pad_edge=False)
+    for trial in trials:
+        value = number(trial.metrics.get(metric)) if trial.metrics else "failed"
+        table.add_row(escape(" ".join(trial.changes)), value, trial.name)
+    Console().print(table)
+    typer.echo(write_sweep(workspace, trials, metric))
+    if trials[0].metrics:
+        typer.echo(f"`python cli.py apply {trials[0].name}` takes the best over")
+    if any(not trial.metrics for trial in trials):
+        raise typer.Exit(1)
+
+
+@app.command()
+def apply(experiment: Annotated[str, typer.Argument(help="As the sweep's table names it.")]) -> None:
+    """Bring an experiment's settings and results into the workspace."""
+    from pipeline.sweep import apply as take_over
+    from pipeline.workspace import Workspace
+
+    take_over(Workspace.here(), experiment)
+    typer.echo(f"{experiment} is applied: `python cli.py run` brings the rest up to date")
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of params.yaml; params.schema.json is this, committed."""
     from pipeline.schema import schema_text

@@ -248,6 +248,8 @@ def _find_or_create(client: MlflowClient, experiment: str, run: Run, parent: str
     tags = {_FINGERPRINT: run.fingerprint, _STAGE: run.stage, "mlflow.runName": _run_name(run.stage, run.fingerprint)}
     if parent:
         tags["mlflow.parentRunId"] = parent
+    if group := os.environ.get("REPROLORA_SWEEP"):
+        tags["reprolora.sweep"] = group
     if commit := _commit():
         tags["mlflow.source.git.commit"] = commit
     return str(client.create_run(experiment, tags=tags).info.run_id)

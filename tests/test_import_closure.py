@@ -33,6 +33,7 @@ COMMANDS = (
     "share",
     "studio",
     "summary",
+    "sweep",
 )
 STAGES = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
 
