@@ -57,15 +57,22 @@ def run(
         typer.echo(f"params.yaml: {change}")
     if strict:
         os.environ["REPROLORA_STRICT"] = "1"
-    if pull:
-        share.pull(workspace)
+    fetched = share.pull(workspace) if pull else False
     require_folder(workspace.root / load_params(workspace.params).dataset.path)
-    code, outcomes = reproduce(workspace, stage, force, pull)
+    code, outcomes = reproduce(workspace, stage, force, fetched)
+    unsent = None
     if push:
-        share.push(workspace)
+        try:
+            share.push(workspace)
+        except UserError as error:  # told last, and never instead of how the run itself ended
+            unsent = error
     print_summary(workspace, outcomes)
+    if unsent and code:
+        typer.echo(f"error: {unsent}", err=True)
     if code:
         raise typer.Exit(_exit_code(code, [o.what for o in outcomes]))
+    if unsent:
+        raise unsent
 
 
 @app.command()
@@ -174,7 +181,7 @@ def sweep(
         table.add_row(escape(" ".join(trial.changes)), value, trial.name)
     Console().print(table)
     typer.echo(write_sweep(workspace, trials, metric))
-    if trials[0].metrics:
+    if trials[0].metrics.get(metric) is not None:
         typer.echo(f"`python cli.py apply {trials[0].name}` takes the best over")
     if any(not trial.metrics for trial in trials):
         raise typer.Exit(1)

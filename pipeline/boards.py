@@ -5,6 +5,7 @@ They show what MLflow shows; nothing reads them back. Like it they fail open: a 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def mirrored_curves(workspace: Workspace, settings: Tracking, name: str, params:
                 for row in rows:
                     tracker.log({k: v for k, v in row.items() if k != "step"}, step=int(row["step"]))
             except Exception as error:  # a mirror must not hurt the training
-                say(f"  {tracker.name}: {error}; the training goes on without it")
+                say(f"  {tracker.name}: {_brief(error)}; the training goes on without it")
                 trackers.remove(tracker)
 
     return observe
@@ -54,8 +55,19 @@ def mirror_pictures(workspace: Workspace, settings: Tracking, name: str) -> None
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({Path(file).stem: picture[None]}, step=0, **layout)
             except Exception as error:
-                say(f"  {tracker.name}: {error}; the files are complete")
-        tracker.finish()
+                say(f"  {tracker.name}: {_brief(error)}; the files are complete")
+        try:
+            tracker.finish()
+        except Exception as error:
+            say(f"  {tracker.name}: {_brief(error)}; the files are complete")
+
+
+def _logged_in() -> bool:
+    return (Path.home() / ".netrc").is_file() and "api.wandb.ai" in (Path.home() / ".netrc").read_text(encoding="utf-8")
+
+
+def _brief(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _open(workspace: Workspace, settings: Tracking, name: str, params: dict[str, Any]) -> list[Any]:
@@ -78,6 +90,8 @@ def _open(workspace: Workspace, settings: Tracking, name: str, params: dict[str,
     trackers = []
     for library, make in asked:
         try:
+            if library == "wandb" and not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") or _logged_in()):
+                raise UserError("no WANDB_API_KEY")  # it would ask on the terminal, and the training would wait
             tracker = make()
             tracker.start()
             if params:
@@ -86,7 +100,7 @@ def _open(workspace: Workspace, settings: Tracking, name: str, params: dict[str,
                 )
             trackers.append(tracker)
         except Exception as error:
-            told = f"{library} cannot be used ({str(error).splitlines()[0][:200]}): pip install 'reprolora[boards]'"
+            told = f"{library} cannot be used ({_brief(error)}): pip install 'reprolora[boards]', or look at its key"
             if settings.required:
                 raise UserError(f"{told}; tracking.required is set, so the stage fails") from error
             say(f"  {told}; the work goes on without it")

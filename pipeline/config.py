@@ -476,9 +476,11 @@ class Params(Section):
             raise ValueError("validate.checkpoints is all, but train.snapshot_every is null: no checkpoint is kept to compare")
         return self
 
-    def _can_be_measured(self, name: str, threshold: Threshold) -> None:
-        """Refuse a threshold on what these settings do not measure."""
+    def unmeasured(self, name: str) -> str | None:
+        """Why these settings do not measure a metric; None where they do."""
         validate, metric = self.validate_, name.removeprefix("base_")
+        if not self.dataset.held_out_fraction and ("held_out" in metric or metric == "overfitting_gap"):
+            return "dataset.held_out_fraction is 0"
         needs = {
             "dino": (validate.dino_model, "validate.dino_model is null"),
             "leak": (validate.untriggered_prompts, "validate.untriggered_prompts is empty"),
@@ -489,13 +491,19 @@ class Params(Section):
         }
         for part, (given, lack) in needs.items():
             if part in metric and not given:
-                raise ValueError(f"gate.{name}: it is not measured, since {lack}")
+                return lack
         if (
             "loss" not in metric
             and metric not in ("overfitting_gap", "dino_similarity", "memorised_share")
             and not validate.clip_model
         ):
-            raise ValueError(f"gate.{name}: it is not measured, since validate.clip_model is null")
+            return "validate.clip_model is null"
+        return None
+
+    def _can_be_measured(self, name: str, threshold: Threshold) -> None:
+        """Refuse a threshold on what these settings do not measure."""
+        if lack := self.unmeasured(name):
+            raise ValueError(f"gate.{name}: it is not measured, since {lack}")
         relative = threshold.min_of_base is not None or threshold.max_of_base is not None
         if relative and not (name in DEFINITIONS and DEFINITIONS[name].of_base):
             raise ValueError(f"gate.{name}: the base has no value of its own: set min or max instead of a share of the base's")

@@ -9,6 +9,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -188,9 +190,10 @@ def _sigterm_to_the_stage_of(process: subprocess.Popen[bytes]) -> Iterator[None]
     would not know when the stage has saved."""
 
     def hand_on(number: int, frame: FrameType | None) -> None:
+        threading.Thread(target=_end_after_its_stage, args=(process,), daemon=True).start()
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         pids = [int(pid) for pid in children.read_text().split()] if children.is_file() else []
-        for pid in pids or [process.pid]:
+        for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
 
@@ -199,6 +202,15 @@ def _sigterm_to_the_stage_of(process: subprocess.Popen[bytes]) -> Iterator[None]
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _end_after_its_stage(process: subprocess.Popen[bytes]) -> None:
+    """End DVC once no stage of its runs any more: one that was through by then must not be followed by the next."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while process.poll() is None and children.is_file() and children.read_text().strip():
+        time.sleep(0.1)
+    if process.poll() is None:
+        process.terminate()
 
 
 def _die_with_parent() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 
 from ruamel.yaml import YAML
 
@@ -28,12 +27,8 @@ def params_at(workspace: Workspace, revision: str) -> Params:
     Raises:
         UserError: there is none, or it is not valid for the code as it is now.
     """
-    done = subprocess.run(
-        ["git", "show", f"{revision}:./params.yaml"], cwd=workspace.root, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise UserError(f"{revision} is no commit with a params.yaml here: {done.stderr.strip()}")
-    return check_params(YAML(typ="rt").load(done.stdout), where=f"params.yaml at {revision}")
+    text = bytes_at(workspace, revision, "params.yaml").decode("utf-8")
+    return check_params(YAML(typ="rt").load(text), where=f"params.yaml at {revision}")
 
 
 def bytes_at(workspace: Workspace, revision: str, path: str) -> bytes:

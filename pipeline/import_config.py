@@ -104,12 +104,26 @@ def translate(source: Path) -> Translation:
             options = _flat(tomllib.loads(text))
         except tomllib.TOMLDecodeError as error:
             raise UserError(f"{source}: not valid TOML: {error}") from None
-        return _translated(options, _KOHYA, "sdxl" if re.search(r"sdxl|xl[-_]base", text, re.I) else "sd")
+        found = _translated(options, _KOHYA, _family(text, source))
+        found.values.setdefault("lora.alpha", 1.0)  # sd-scripts' own defaults
+        found.values.setdefault("train.warmup_steps", 0)
+        if not options.get("network_train_unet_only") and "text_encoder_lr" not in options:
+            found.values["lora.text_encoder"] = True
+            found.carried.append("no network_train_unet_only → lora.text_encoder: True, as sd-scripts has it")
+        return found
     options = _command_line(text, source)
-    found = _translated(options, _DIFFUSERS, "sdxl" if re.search(r"sdxl|stable-diffusion-xl", text, re.I) else "sd")
+    found = _translated(options, _DIFFUSERS, _family(text, source))
+    found.values.setdefault("train.warmup_steps", 0)
     found.values.setdefault("lora.alpha", found.values.get("lora.rank", 4))  # the scripts have no alpha: it is the rank
     found.values.setdefault("lora.rank", 4)
     return found
+
+
+def _family(text: str, source: Path) -> str:
+    """As names in the file tell it."""
+    if other := re.search(r"flux|sd3|stable-diffusion-3|lumina|hunyuan", text, re.I):
+        raise UserError(f"{source}: it names {other[0]}: settings for sd and sdxl can be translated")
+    return "sdxl" if re.search(r"sdxl|xl[-_]base|stable-diffusion-xl", text, re.I) else "sd"
 
 
 Rule = Callable[[Translation, dict[str, Any], Any], None]
@@ -158,9 +172,29 @@ def _steps(t: Translation, options: dict[str, Any], value: Any) -> None:
 
 
 def _epochs(t: Translation, options: dict[str, Any], value: Any) -> None:
-    if "max_train_steps" in options:
-        raise _NoEquivalent("max_train_steps says how long")
+    """Kohya's: they override the steps."""
     t.values |= {"train.epochs": int(value), "train.steps": None}
+
+
+def _steps_unless_epochs(t: Translation, options: dict[str, Any], value: Any) -> None:
+    if "max_train_epochs" in options:
+        raise _NoEquivalent("max_train_epochs overrides it")
+    _steps(t, options, value)
+
+
+def _epochs_unless_steps(t: Translation, options: dict[str, Any], value: Any) -> None:
+    """diffusers': the steps override them."""
+    if "max_train_steps" in options:
+        raise _NoEquivalent("max_train_steps overrides it")
+    _epochs(t, options, value)
+
+
+def _warm_up(t: Translation, options: dict[str, Any], value: Any) -> None:
+    if str(options.get("lr_scheduler", "constant")).lower() == "constant":
+        raise _NoEquivalent("their constant schedule has no warm-up; constant_with_warmup has")
+    if 0 < float(value) < 1:
+        raise _NoEquivalent("a share of the training; train.warmup_steps counts steps")
+    t.values["train.warmup_steps"] = int(value)
 
 
 def _resolution(t: Translation, options: dict[str, Any], value: Any) -> None:
@@ -181,6 +215,9 @@ def _buckets(t: Translation, options: dict[str, Any], value: Any) -> None:
 def _text_rate(t: Translation, options: dict[str, Any], value: Any) -> None:
     if options.get("network_train_unet_only") or not float(value):
         return
+    if re.sub(r"[^a-z]", "", str(options.get("optimizer_type", options.get("optimizer", ""))).lower()) == "prodigy":
+        t.values["lora.text_encoder"] = True
+        raise _NoEquivalent("prodigy finds one rate for all networks")
     t.values |= {"lora.text_encoder": True, "train.text_encoder_learning_rate": float(value)}
 
 
@@ -235,10 +272,10 @@ _KOHYA: dict[str, Rule] = {
     "unet_lr": _to("train.learning_rate", float),
     "text_encoder_lr": _text_rate,
     "lr_scheduler": _named("train.schedule", _SCHEDULES),
-    "lr_warmup_steps": _to("train.warmup_steps", int),
+    "lr_warmup_steps": _warm_up,
     "optimizer_type": _named("train.optimiser", _OPTIMISERS),
     "use_8bit_adam": _to("train.optimiser", lambda v: "adamw8bit" if v else "adamw"),
-    "max_train_steps": _steps,
+    "max_train_steps": _steps_unless_epochs,
     "max_train_epochs": _epochs,
     "train_batch_size": _batch,
     "batch_size": _batch,
@@ -287,12 +324,12 @@ _DIFFUSERS: dict[str, Rule] = {
     "scale_lr": _to("train.scale_learning_rate", lambda v: "linear" if v else "none"),
     "text_encoder_lr": _text_rate,
     "lr_scheduler": _named("train.schedule", _SCHEDULES),
-    "lr_warmup_steps": _to("train.warmup_steps", int),
+    "lr_warmup_steps": _warm_up,
     "optimizer": _named("train.optimiser", _OPTIMISERS),
     "use_8bit_adam": _to("train.optimiser", lambda v: "adamw8bit" if v else "adamw"),
     "adam_weight_decay": _to("train.weight_decay", float),
     "max_train_steps": _steps,
-    "num_train_epochs": _epochs,
+    "num_train_epochs": _epochs_unless_steps,
     "train_batch_size": _batch,
     "gradient_accumulation_steps": _batch,
     "max_grad_norm": _to("train.max_grad_norm", float),
@@ -327,7 +364,8 @@ def _translated(options: dict[str, Any], rules: dict[str, Rule], family: str) ->
             for key, made in changed.items():
                 translation.carried.append(f"{name} {value} → {key}: {made}")
         elif name not in _PART_OF_OTHERS:
-            translation.dropped.append(f"{name} {value}")
+            secret = re.search(r"token|key|password|secret", name, re.I)
+            translation.dropped.append(f"{name} {'(not shown)' if secret else value}")
     return translation
 
 
@@ -350,16 +388,18 @@ def _command_line(text: str, source: Path) -> dict[str, Any]:
     """The options of `accelerate launch …train_….py --name=value --flag`, and values of the shell variables before it."""
     lines = re.sub(r"\\\r?\n", " ", text)
     variables = dict(re.findall(r"^\s*(?:export\s+)?([A-Z_][A-Z0-9_]*)=[\"']?([^\"'\n]*)[\"']?\s*$", lines, re.M))
-    command = next((line for line in lines.splitlines() if re.search(r"train_\w+\.py", line)), None)
+    written = [line for line in lines.splitlines() if not line.lstrip().startswith("#")]
+    command = next((line for line in written if re.search(r"train_\w+\.py(\s|$)", line)), None)
     if command is None:
         raise UserError(f"{source}: neither a .toml of sd-scripts nor the command line of a diffusers script (train_….py)")
     try:
         words = shlex.split(re.sub(r"\$\{?([A-Z_][A-Z0-9_]*)\}?", lambda m: variables.get(m[1], m[0]), command))
     except ValueError as error:
         raise UserError(f"{source}: the command line cannot be read: {error}") from None
-    after = next(i for i, word in enumerate(words) if re.search(r"train_\w+\.py$", word))
+    after = next((i for i, word in enumerate(words) if re.search(r"train_\w+\.py$", word)), len(words))
     options: dict[str, Any] = {}
-    rest = words[after + 1 :]
+    # of the launcher's options one means something to the training
+    rest = [*(word for word in words[:after] if word.startswith("--mixed_precision=")), *words[after + 1 :]]
     while rest:
         name, equals, value = rest.pop(0).partition("=")
         if not name.startswith("--"):

@@ -64,9 +64,7 @@ def init_project(checkout: Path, folder: Path, pictures: Path, preset: str, trig
     document = load_yaml(checkout / ("params.yaml" if preset == "demo" else f"presets/{preset}.yaml"))
     proposals = propose(pictures, document["dataset"]["resolution"], document["train"]["batch_size"])
     values = {p.key: p.value for p in proposals} | {"dataset.path": "data", "dataset.trigger": trigger}
-    values["export.name"] = (
-        "".join(c if c.isalnum() or c in "._-" else "-" for c in folder.resolve().name).strip("._-") or "adapter"
-    )
+    values["export.name"] = _ascii_name(folder.resolve().name)
     if preset == "demo":
         values["export.title"], values["export.description"] = "", ""
     for key, value in values.items():
@@ -78,6 +76,12 @@ def init_project(checkout: Path, folder: Path, pictures: Path, preset: str, trig
     write_text(folder / "README.md", _readme(values["export.name"]))
     _repository(folder)
     return proposals
+
+
+def _ascii_name(name: str) -> str:
+    """A file name that every loader takes."""
+    plain = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in name)
+    return plain.strip("._-")[:96] or "adapter"
 
 
 def propose(pictures: Path, resolution: int, batch_size: int) -> list[Proposal]:

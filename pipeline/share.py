@@ -16,10 +16,10 @@ from pipeline.progress import say
 from pipeline.workspace import Workspace
 
 
-def pull(workspace: Workspace) -> None:
+def pull(workspace: Workspace) -> bool:
     """Fetch results and the run cache, and put in place what is missing here. What lies here is left as it is.
 
-    Best effort: what the remote does not have is made.
+    Best effort: what the remote does not have is made. Returns whether all could be fetched.
 
     Raises:
         UserError: the project has no remote.
@@ -33,6 +33,7 @@ def pull(workspace: Workspace) -> None:
         _dvc(workspace, "checkout", path)
     there = [path for path in missing if (workspace.root / path).exists()]
     say(f"  from the remote: {', '.join(there) if there else 'nothing that is missing here'}")
+    return fetched.returncode == 0
 
 
 def push(workspace: Workspace) -> None:
@@ -54,8 +55,8 @@ def _tracked(workspace: Workspace) -> list[str]:
     loaded: dict[str, Any] = (YAML(typ="safe").load(lock.read_text(encoding="utf-8")) or {}) if lock.is_file() else {}
     paths = [out["path"] for stage in loaded.get("stages", {}).values() for out in stage.get("outs", [])]
     data = Path(load_params(workspace.params).dataset.path)
-    note = workspace.root / data.parent / f"{data.name}.dvc"
-    return [str(data), *paths] if note.is_file() else paths
+    noted = [p for p in (data, *data.parents) if (workspace.root / p.parent / f"{p.name}.dvc").is_file()]
+    return [*map(str, noted), *paths]
 
 
 def _require_remote(workspace: Workspace) -> None:

@@ -17,7 +17,7 @@ from pipeline.base_model import base_source
 from pipeline.config import load_params
 from pipeline.device import pick_device
 from pipeline.errors import UserError
-from pipeline.evaluate.sampling import sampling_changes, use_scheduler
+from pipeline.evaluate.sampling import clip_skip_can_be, sampling_changes, use_scheduler
 from pipeline.export.adapter_file import load_into, read_adapter
 from pipeline.export.peft_format import strip
 from pipeline.families import family
@@ -87,15 +87,17 @@ class Studio:
             strip(getattr(self.pipeline, component))
 
     def _picture(self, wish: Wish) -> Image.Image:
-        image: Image.Image = self.pipeline(
-            prompt=wish.prompt,
-            negative_prompt=wish.negative_prompt or None,
-            num_inference_steps=wish.steps,
-            guidance_scale=wish.guidance_scale,
-            width=self.side,
-            height=self.side,
-            generator=torch.Generator("cpu").manual_seed(wish.seed),
-        ).images[0]
+        with clip_skip_can_be(self.pipeline.text_encoder):
+            image: Image.Image = self.pipeline(
+                prompt=wish.prompt,
+                negative_prompt=wish.negative_prompt or None,
+                num_inference_steps=wish.steps,
+                guidance_scale=wish.guidance_scale,
+                width=self.side,
+                height=self.side,
+                clip_skip=self.params.encode.clip_skip or None,
+                generator=torch.Generator("cpu").manual_seed(wish.seed),
+            ).images[0]
         return image
 
 

@@ -67,6 +67,8 @@ def sweep(workspace: Workspace, assignments: list[str], metric: str, jobs: int) 
     """
     if metric not in DEFINITIONS or DEFINITIONS[metric].better == "neither":
         raise UserError(f"--metric {metric}: there are {', '.join(n for n, d in DEFINITIONS.items() if d.better != 'neither')}")
+    if fault := load_params(workspace.params).unmeasured(metric):
+        raise UserError(f"--metric {metric}: it is not measured, since {fault}")
     trials = combinations(assignments)
     for changes in trials:
         preview_values(workspace, list(changes))  # refuses what is not allowed, before anything runs
@@ -94,6 +96,8 @@ def sweep(workspace: Workspace, assignments: list[str], metric: str, jobs: int) 
         run(changes)
     with ThreadPoolExecutor(max_workers=jobs) as pool:
         list(pool.map(run, todo[1:]))
+    for changes in [c for c in todo if not _metrics(workspace, names[c])] if jobs > 1 else []:
+        run(changes)  # two that share a stage get in each other's way: what fell over runs once more, alone
     found = [Trial(names[changes], changes, _metrics(workspace, names[changes])) for changes in trials]
     lower = DEFINITIONS[metric].better == "lower"
 

@@ -53,7 +53,7 @@ class Run:
     stage: str
     fingerprint: str
     params: dict[str, Any]
-    metrics: dict[str, float]
+    metrics: dict[str, float | None]
     artifacts: tuple[Path, ...]
     curve: tuple[Row, ...] = ()
 
@@ -64,8 +64,8 @@ def mirror(stage: Stage) -> None:
     if settings.enabled:
         with _open_failing(settings):
             sync(stage.workspace, settings, only=stage.name)
-        if stage.name == "validate" and (settings.tensorboard or settings.wandb_project):
-            mirror_pictures(stage.workspace, settings, _run_name("validate", stage.identity))
+            if stage.name == "validate" and (settings.tensorboard or settings.wandb_project):
+                mirror_pictures(stage.workspace, settings, _run_name("validate", stage.identity))
 
 
 def sync(workspace: Workspace, settings: Tracking, only: str | None = None) -> list[str]:
@@ -262,7 +262,8 @@ def _fill(client: MlflowClient, run_id: str, run: Run) -> bool:
     have = client.get_run(run_id)
     now = int(time.time() * 1000)
     params = [Param(k, str(v)[:6000]) for k, v in run.params.items() if k not in have.data.params]
-    metrics = [Metric(k, float(v), now, 0) for k, v in run.metrics.items() if have.data.metrics.get(k) != float(v)]
+    finite = {k: float(v) for k, v in run.metrics.items() if v is not None}
+    metrics = [Metric(k, v, now, 0) for k, v in finite.items() if have.data.metrics.get(k) != v]
     for i in range(0, max(len(params), 1), 100):
         if params[i : i + 100] or (i == 0 and metrics):
             client.log_batch(run_id, metrics if i == 0 else [], params[i : i + 100])

@@ -169,7 +169,7 @@ def _card(
     out: Path,
     training: dict[str, Any],
     validation: dict[str, Any],
-    metrics: dict[str, float],
+    metrics: dict[str, float | None],
     lineage: dict[str, str],
     verdict: dict[str, Any],
     trained: Trained,

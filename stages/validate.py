@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 
 from pipeline import lora
@@ -276,7 +276,7 @@ def _write_nearest(out: Path, gallery: Gallery, matches: list[Match], copied: li
     write_json(out / "nearest.json", listed)
     if pairs:
         labelled_grid(
-            [[gallery.adapted[i], gallery.train[j]] for i, j, _ in pairs],
+            [[gallery.adapted[i], ImageOps.pad(gallery.train[j], gallery.adapted[i].size, color="white")] for i, j, _ in pairs],
             columns=["sample", "nearest training picture"],
             row_captions=[("a copy" if copy else f"cosine {far[i]:.3f}") + f": {gallery.prompts[i]}" for i, _, copy in pairs],
         ).save(out / "nearest.png")

@@ -310,7 +310,7 @@ def test_half_precision_that_overflows_is_done_again_in_float32(
 
 def test_long_captions_in_chunks_and_left_out_layers_match_the_library(pictures: Path, sd_folder: Path, tmp_path: Path) -> None:
     """Chunks against encoding each stretch by itself; clip-skip against diffusers' own prompt encoding."""
-    from pipeline.evaluate.sampling import _clip_skip_can_be
+    from pipeline.evaluate.sampling import clip_skip_can_be
     from pipeline.families import family
     from pipeline.model_source import LocalModel
 
@@ -333,7 +333,7 @@ def test_long_captions_in_chunks_and_left_out_layers_match_the_library(pictures:
 
     skipped, _ = encode_folder(pictures, sd_folder, tmp_path / "s", tmp_path / "skip", how=replace(HOW, clip_skip=1))
     sample = skipped.index.samples[0]
-    with torch.no_grad(), _clip_skip_can_be(pipeline.text_encoder):
+    with torch.no_grad(), clip_skip_can_be(pipeline.text_encoder):
         wanted, _ = pipeline.encode_prompt(sample.captions[0], "cpu", 1, False, clip_skip=1)
     torch.testing.assert_close(skipped.text(sample.texts[0])["hidden"], wanted[0], rtol=1e-4, atol=1e-5)
 

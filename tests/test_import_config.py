@@ -112,7 +112,11 @@ def test_the_diffusers_scripts_command_line(tmp_path: Path) -> None:
     assert (p.lora.rank, p.lora.alpha) == (8, 8.0)  # the script has no alpha
     assert (p.train.steps, p.train.batch_size, p.runtime.micro_batch) == (1500, 4, 1)
     assert p.validate_.prompts == ("cute dragon creature",) and p.runtime.checkpoint_every == 500
-    assert made.dropped == ["enable_npu_flash_attention True"]
+    assert p.train.mixed_precision == "fp16"  # the launcher's
+    assert made.dropped == [
+        "enable_npu_flash_attention True",
+        "lr_warmup_steps 0: their constant schedule has no warm-up; constant_with_warmup has",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -122,6 +126,7 @@ def test_the_diffusers_scripts_command_line(tmp_path: Path) -> None:
         ("a.sh", "echo hello", "neither a .toml of sd-scripts nor"),
         ("a.sh", "python train_x.py --a='b", "cannot be read"),
         ("a.toml", "network_dim = 0", "lora.rank"),
+        ("a.sh", "python train_dreambooth_lora_flux.py --rank=4", "it names flux"),
     ],
 )
 def test_what_cannot_be_translated_is_said(tmp_path: Path, name: str, text: str, said: str) -> None:
@@ -141,3 +146,21 @@ def test_values_without_an_equivalent_are_listed_and_nothing_is_overwritten(tmp_
     ]
     with pytest.raises(UserError, match="exists"):
         import_config(tmp_path / "a.toml", PRESETS, tmp_path / "params.yaml")
+
+
+def test_what_other_trainers_mean_by_default(tmp_path: Path) -> None:
+    """sd-scripts: α is 1, epochs override steps, the text encoder learns too, and a constant schedule has no warm-up."""
+    text = (
+        'max_train_steps = 100\nmax_train_epochs = 3\nlr_warmup_steps = 50\nnetwork_dim = 8\nhuggingface_token = "hf_secret"\n'
+    )
+    (tmp_path / "a.toml").write_text(text)
+    made = import_config(tmp_path / "a.toml", PRESETS, tmp_path / "params.yaml")
+    p = load_params(tmp_path / "params.yaml")
+    assert (p.lora.rank, p.lora.alpha, p.lora.text_encoder) == (8, 1.0, True)
+    assert (p.train.epochs, p.train.steps, p.train.warmup_steps) == (3, None, 0)
+    assert "huggingface_token (not shown)" in made.dropped and not any(
+        "hf_secret" in line for line in made.dropped + made.carried
+    )
+    (tmp_path / "b.sh").write_text("# train_dreambooth_lora.py, with my dog\npython train_dreambooth_lora.py --rank=2 # mine\n")
+    import_config(tmp_path / "b.sh", PRESETS, tmp_path / "b.yaml")
+    assert load_params(tmp_path / "b.yaml").lora.rank == 2

@@ -85,7 +85,8 @@ def job(origin: Path, tmp_path: Path, name: str, minutes: str = "5", work: Path 
         shutil.copytree(work, root / ".work" / "train-lora")
     fake = tmp_path / f"{name}-bin"
     fake.mkdir()
-    (fake / "gh").write_text(f'#!/bin/sh\necho "$@" >> {fake}/calls\n')
+    # there is no pull request yet; nothing else is asked back
+    (fake / "gh").write_text(f'#!/bin/sh\n[ "$1 $2" = "pr view" ] && exit 1\necho "$@" >> {fake}/calls\n')
     (fake / "gh").chmod(0o755)
     project = Project(root)
     runner = Runner(project, {}, "", [])
@@ -93,6 +94,8 @@ def job(origin: Path, tmp_path: Path, name: str, minutes: str = "5", work: Path 
     for step in STEPS:
         if "run" not in step or step["name"] == "Install" or not condition(step.get("if", ""), runner.outputs):
             continue
+        if runner.code and step.get("if") != "always()":
+            continue  # as on GitHub: after a failure only what always runs
         files["GITHUB_OUTPUT"].write_text("")
         environment = project.environment({**{k: str(v) for k, v in files.items()}, "MINUTES": minutes})
         environment["PATH"] = f"{fake}{os.pathsep}{environment['PATH']}"
@@ -108,9 +111,8 @@ def job(origin: Path, tmp_path: Path, name: str, minutes: str = "5", work: Path 
         lines = files["GITHUB_OUTPUT"].read_text().splitlines()
         runner.outputs[step.get("id", step["name"])] = dict(line.split("=", 1) for line in lines)
         if done.returncode:
-            runner.code = done.returncode
+            runner.code = runner.code or done.returncode
             runner.summary += done.stdout + done.stderr
-            break
     if files["GITHUB_STEP_SUMMARY"].is_file():
         runner.summary += files["GITHUB_STEP_SUMMARY"].read_text()
     if (fake / "calls").is_file():
@@ -119,8 +121,8 @@ def job(origin: Path, tmp_path: Path, name: str, minutes: str = "5", work: Path 
 
 
 def condition(text: str, outputs: dict[str, dict[str, str]]) -> bool:
-    """`steps.X.outputs.Y == 'Z'`, the one form that the workflow uses."""
-    if not text:
+    """`steps.X.outputs.Y == 'Z'` and `always()`, the forms that the workflow uses."""
+    if not text or text == "always()":
         return True
     match = re.fullmatch(r"steps\.(\w+)\.outputs\.(\w+) == '(\w+)'", text)
     assert match, text

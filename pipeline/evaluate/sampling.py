@@ -110,7 +110,7 @@ def _draw(pipeline: Any, shots: Sequence[Shot], sampler: Sampler) -> list[Image.
     # the noise comes from the CPU: the same on every device
     generators = [torch.Generator("cpu").manual_seed(shot.seed) for shot in shots]
     guided = sampler.guidance_scale > 1
-    with _clip_skip_can_be(pipeline.text_encoder):
+    with clip_skip_can_be(pipeline.text_encoder):
         images: list[Image.Image] = pipeline(
             prompt=[shot.prompt for shot in shots],
             negative_prompt=[sampler.negative_prompt] * len(shots) if guided else None,
@@ -125,7 +125,7 @@ def _draw(pipeline: Any, shots: Sequence[Shot], sampler: Sampler) -> list[Image.
 
 
 @contextmanager
-def _clip_skip_can_be(encoder: Any) -> Iterator[None]:
+def clip_skip_can_be(encoder: Any) -> Iterator[None]:
     """Give the encoder, inside the block, the name `text_model` for itself, which diffusers 0.42 looks for under clip_skip and
     transformers 5 dropped. Not for longer: diffusers' adapter loader goes by its absence."""
     if hasattr(encoder, "text_model"):

@@ -44,12 +44,14 @@ def inside_code(text: object) -> str:
     return " ".join(str(text).replace("`", "'").replace("|", "¦").split())
 
 
-def model_index(name: str, metrics: Mapping[str, float], dataset: str) -> list[dict[str, Any]] | None:
+def model_index(name: str, metrics: Mapping[str, float | None], dataset: str) -> list[dict[str, Any]] | None:
     """The metrics as the Hub's `model-index`; None where nothing was measured."""
     if not metrics:
         return None
     measured = [
-        {"type": metric, "name": metric.replace("_", " "), "value": float(f"{value:.6g}")} for metric, value in metrics.items()
+        {"type": metric, "name": metric.replace("_", " "), "value": float(f"{value:.6g}")}
+        for metric, value in metrics.items()
+        if value is not None
     ]
     data = {"type": "imagefolder", "name": dataset}
     task = {"type": "text-to-image", "name": "Text to image"}
