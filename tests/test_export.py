@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from pipeline import lora
+from pipeline.config import Threshold
 from pipeline.export.adapter import Adapter, Layer
 from pipeline.export.adapter_file import load_into
 from pipeline.export.card import escape_markdown, render_card
@@ -137,3 +138,13 @@ def test_a_fact_that_is_missing_is_an_error() -> None:
 
     with pytest.raises(UndefinedError):
         render_card({"license": None}, {"title": "x"})
+
+
+def test_a_metric_that_is_not_finite_is_said_and_breaks_nothing() -> None:
+    from pipeline.evaluate.gate import judge
+    from pipeline.export.card import model_index
+
+    listed = model_index("x", {"held_out_loss": None, "clip_score": 20.0}, "data")
+    assert listed and [m["type"] for m in listed[0]["results"][0]["metrics"]] == ["clip_score"]
+    [finding] = judge({"held_out_loss": None}, {"held_out_loss": Threshold(max=1.0)})
+    assert not finding.passed and "nan" in finding.sentence()
