@@ -429,12 +429,10 @@ def gate(
 @app.command()
 def sync() -> None:
     """Log to MLflow whatever it lacks of the results that lie here."""
-    from pipeline.config import load_params
-    from pipeline.tracking import sync as fill
+    from pipeline.tracking import fill_gap
     from pipeline.workspace import Workspace
 
-    workspace = Workspace.here()
-    gained = fill(workspace, load_params(workspace.params).tracking)
+    gained = fill_gap(Workspace.here())
     for line in gained:
         typer.echo(f"logged {line}")
     if not gained:

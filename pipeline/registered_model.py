@@ -39,6 +39,11 @@ class Drawing(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         adapter = Path(context.artifacts["adapter"])
         self.pipeline.load_lora_weights(adapter.parent, weight_name=adapter.name, adapter_name="reprolora")
         self.pipeline.set_progress_bar_config(disable=True)
+        encoder = getattr(self.pipeline, "text_encoder", None)
+        if settings["clip_skip"] and not hasattr(encoder, "text_model"):
+            # diffusers 0.42 looks for the name under clip_skip, and transformers 5 dropped it; past torch's registration, or
+            # the module would contain itself
+            object.__setattr__(encoder, "text_model", encoder)
 
     # without hints: MLflow would make a schema of them, and the one that it is given says more
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,17 +63,20 @@ def register(client: MlflowClient, uri: str, run_id: str, fingerprint: str, work
     asked = [ColSpec("string", "prompt"), ColSpec("long", "seed", required=False), ColSpec("double", "scale", required=False)]
     with TemporaryDirectory() as folder, _store(uri), mlflow.start_run(run_id=run_id, log_system_metrics=False):
         write_json(Path(folder) / "settings.json", settings)
-        logged = mlflow.pyfunc.log_model(
-            name="model",
-            python_model=str(Path(__file__).with_name("registered_model.py")),
-            artifacts={**artifacts, "settings": str(Path(folder) / "settings.json")},
-            signature=ModelSignature(Schema(asked), Schema([ColSpec("string")])),
-            # without the build's mark, `+cpu`, which no index has
-            pip_requirements=[f"{package}=={installed(package).partition('+')[0]}" for package in _REQUIREMENTS],
-        )
+        # MLflow warns for want of type hints, which would replace the signature, and of an example, which it would draw
+        with warnings.catch_warnings(record=True):
+            logged = mlflow.pyfunc.log_model(
+                name="model",
+                python_model=str(Path(__file__).with_name("registered_model.py")),
+                artifacts={**artifacts, "settings": str(Path(folder) / "settings.json")},
+                signature=ModelSignature(Schema(asked), Schema([ColSpec("string")])),
+                # without the build's mark, `+cpu`, which no index has
+                pip_requirements=[f"{package}=={installed(package).partition('+')[0]}" for package in _REQUIREMENTS],
+            )
         if not any(model.name == name for model in client.search_registered_models(f"name = '{name}'")):
             client.create_registered_model(name)
-        made = client.create_model_version(name, logged.model_uri, run_id, tags={_MARK: fingerprint})
+        # a server takes a source of this kind only with the id that is in it
+        made = client.create_model_version(name, logged.model_uri, run_id, {_MARK: fingerprint}, model_id=logged.model_id)
         client.set_registered_model_alias(name, alias, made.version)
     return True
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.boards import mirror_pictures, mirrored_curves
-from pipeline.config import Tracking
+from pipeline.config import Tracking, load_params
 from pipeline.errors import UserError
 from pipeline.files import hash_json, hash_tree
 from pipeline.progress import say
@@ -66,6 +66,21 @@ def mirror(stage: Stage) -> None:
             sync(stage.workspace, settings, only=stage.name)
             if stage.name == "validate" and (settings.tensorboard or settings.wandb_project):
                 mirror_pictures(stage.workspace, settings, _run_name("validate", stage.identity))
+
+
+def fill_gap(workspace: Workspace) -> list[str]:
+    """`sync` for a person who asked for it.
+
+    Raises:
+        UserError: the store cannot be reached, or refuses something.
+    """
+    settings = load_params(workspace.params).tracking
+    try:
+        return sync(workspace, settings)
+    except UserError:
+        raise
+    except Exception as error:  # MLflow's own, the database's, the network's
+        raise UserError(f"MLflow: {_brief(error)}; the files are complete, {_LATER}") from error
 
 
 def sync(workspace: Workspace, settings: Tracking, only: str | None = None) -> list[str]:
@@ -178,6 +193,7 @@ def connect(workspace: Workspace, settings: Tracking) -> tuple[MlflowClient, str
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     import logging
 
     for chatty in ("alembic", "mlflow.store.db.utils"):

@@ -62,6 +62,7 @@ def test_a_short_sound_training_passes_and_a_twentyfold_one_on_few_pictures_fail
 
 
 def test_a_hundredfold_learning_rate_fails(project: Project) -> None:
-    project.set("train", steps=STEPS, learning_rate=100 * SHIPPED["train"]["learning_rate"])
+    # not longer: past 30 steps some processors already meet what is not finite, which ends a training before any gate
+    project.set("train", steps=15, learning_rate=100 * SHIPPED["train"]["learning_rate"])
     code, gate, metrics = verdict(project)
     assert code == 1 and not gate["passed"], metrics

@@ -152,6 +152,7 @@ def test_a_server_that_is_down_costs_seconds_and_sync_fills_the_gap(project: Pro
     assert failed.returncode == 2 and f"the MLflow server {down} does not answer" in failed.stderr
     filled = project.cli("sync", MLFLOW_TRACKING_URI=server)
     assert filled.returncode == 0 and filled.stdout.count("logged ") == 3 + 1, filled.stdout + filled.stderr
+    assert "Warning" not in filled.stderr and "View run" not in filled.stdout, filled.stdout + filled.stderr
     assert project.cli("sync", MLFLOW_TRACKING_URI=server).stdout == "MLflow has everything\n"
     found = runs(server)
     assert len(found["train-lora"]) == 1
