@@ -198,11 +198,16 @@ def apply(experiment: Annotated[str, typer.Argument(help="As the sweep's table n
 
 
 @app.command()
-def schema() -> None:
+def schema(
+    markdown: Annotated[bool, typer.Option("--markdown", help="The page docs/parameters.md instead.")] = False,
+) -> None:
     """Print the JSON schema of params.yaml; params.schema.json is this, committed."""
+    from pipeline.parameters import parameters_page
     from pipeline.schema import schema_text
 
-    typer.echo(schema_text(Path(__file__).resolve().parent / "params.yaml"), nl=False)
+    here = Path(__file__).resolve().parent
+    shipped, stages = here / "params.yaml", here / "dvc.yaml"
+    typer.echo(parameters_page(shipped, stages) if markdown else schema_text(shipped), nl=False)
 
 
 @app.command()

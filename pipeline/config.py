@@ -45,22 +45,22 @@ class Section(BaseModel):
 class Concept(Section):
     """One of `dataset.concepts`: a sub-folder with settings of its own."""
 
-    path: Annotated[str, Field(min_length=1)]
-    format: Format | None = None
-    repeats: PositiveInt = 1
-    prefix: str | None = None
-    suffix: str | None = None
-    instance_prompt: str | None = None
-    regularisation: bool = False
-    masks: str | None = None
+    path: Annotated[str, Field(min_length=1, description="sub-folder, relative to dataset.path")]
+    format: Format | None = Field(None, description="as dataset.format; null: that")
+    repeats: PositiveInt = Field(1, description="times that each picture is shown in an epoch")
+    prefix: str | None = Field(None, description="before every caption; null: dataset.prefix")
+    suffix: str | None = Field(None, description="after every caption; null: dataset.suffix")
+    instance_prompt: str | None = Field(None, description="caption of pictures without one; null: dataset.instance_prompt")
+    regularisation: bool = Field(False, description="pictures of the class: never held out, never given the trigger word")
+    masks: str | None = Field(None, description="as dataset.masks; null: that")
 
 
 class Buckets(Section):
     """`dataset.buckets`: pictures keep about their aspect ratio instead of being cut square."""
 
-    step: Annotated[int, Field(ge=8, le=256, multiple_of=8)] = 64
-    min_side: Annotated[int, Field(ge=8, le=4096, multiple_of=8)] = 256
-    max_side: Annotated[int, Field(ge=8, le=8192, multiple_of=8)] = 1024
+    step: Annotated[int, Field(ge=8, le=256, multiple_of=8, description="pixels that sides are multiples of")] = 64
+    min_side: Annotated[int, Field(ge=8, le=4096, multiple_of=8, description="least side, pixels")] = 256
+    max_side: Annotated[int, Field(ge=8, le=8192, multiple_of=8, description="greatest side, pixels")] = 1024
 
     @model_validator(mode="after")
     def _sides_fit(self) -> Buckets:
@@ -186,9 +186,13 @@ class Lora(Section):
 class OptimiserArgs(Section):
     """`train.optimiser_args`: what an optimiser takes beyond rate and decay; null leaves the library's default."""
 
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] | None = None
-    eps: Annotated[float, Field(gt=0)] | None = None
-    d_coef: Annotated[float, Field(gt=0)] | None = None
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] | None = Field(
+        None, description="decay of the means of gradient and square; not for adafactor"
+    )
+    eps: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="added to the denominator; adamw, adamw8bit, prodigy, schedule-free-adamw"
+    )
+    d_coef: Annotated[float, Field(gt=0)] | None = Field(None, description="factor on prodigy's estimate of the rate")
 
     def given(self) -> dict[str, Any]:
         """What is not null."""
@@ -208,9 +212,11 @@ _OPTIMISER_ARGS = {
 class HuberLoss(Section):
     """`train.huber`: pseudo-Huber instead of the mean square."""
 
-    c: Annotated[float, Field(gt=0)]
-    schedule: Literal["constant", "exponential", "snr"] = "exponential"
-    scale: Literal["huber", "smooth-l1"] = "smooth-l1"
+    c: Annotated[float, Field(gt=0, description="errors well above it count linearly, not squared")]
+    schedule: Literal["constant", "exponential", "snr"] = Field(
+        "exponential", description="c over the timesteps: c itself, or from 1 where pictures are clean down to c"
+    )
+    scale: Literal["huber", "smooth-l1"] = Field("smooth-l1", description="form of the loss")
 
 
 class Train(Section):
@@ -330,10 +336,10 @@ class Validate(Section):
 class Threshold(Section):
     """One gate: a metric of `reports/validate/metrics.json` must lie within [min, max], and within shares of the base's value."""
 
-    min: float | None = None
-    max: float | None = None
-    min_of_base: Annotated[float, Field(gt=0)] | None = None
-    max_of_base: Annotated[float, Field(gt=0)] | None = None
+    min: float | None = Field(None, description="least value that passes")
+    max: float | None = Field(None, description="greatest value that passes")
+    min_of_base: Annotated[float, Field(gt=0)] | None = Field(None, description="least value, as a share of the base's own")
+    max_of_base: Annotated[float, Field(gt=0)] | None = Field(None, description="greatest value, as a share of the base's own")
 
     @model_validator(mode="after")
     def _says_something(self) -> Threshold:
@@ -347,8 +353,13 @@ class Threshold(Section):
 class PushToHub(Section):
     """`export.push_to_hub`: where `cli.py push` publishes an adapter whose gate passed."""
 
-    repo: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
-    private: bool = True
+    repo: Annotated[
+        str,
+        Field(
+            pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$", description="owner/name on the Hub"
+        ),
+    ]
+    private: bool = Field(True, description="the repository is made private")
 
 
 class Export(Section):

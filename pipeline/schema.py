@@ -45,5 +45,5 @@ def _comments(text: str) -> dict[tuple[str, str], str]:
                 found[section, last] = match[2] or above
         elif (match := re.match(r"^    # (.*)$", line)) and (section, last) not in found:
             found[section, last] = match[1]
-        above = line[4:] if line.startswith("  # ") else ""
+        above = f"{above} {line[4:]}".strip() if line.startswith("  # ") else ""
     return found

@@ -26,6 +26,7 @@ COMMANDS = (
     "import_config",
     "init_project",
     "page/diff",
+    "parameters",
     "playground",
     "quiet_torchrun",
     "registered_model",

@@ -9,6 +9,7 @@ import jsonschema
 import pytest
 from ruamel.yaml import YAML
 
+from pipeline.parameters import parameters_page
 from pipeline.schema import schema, schema_text
 
 ROOT = Path(__file__).parent.parent
@@ -46,3 +47,19 @@ def test_every_key_has_a_description() -> None:
             continue
         for key, entry in made["$defs"][reference["$ref"].rpartition("/")[2]]["properties"].items():
             assert entry.get("description"), f"{name}.{key}"
+    for model in made["$defs"].values():
+        assert all(entry.get("description") for entry in model["properties"].values()), model["title"]
+
+
+def test_the_page_of_parameters_is_the_models() -> None:
+    page, told = (ROOT / "docs/parameters.md").read_text(), "python cli.py schema --markdown > docs/parameters.md"
+    assert page == parameters_page(ROOT / "params.yaml", ROOT / "dvc.yaml"), told
+    made = schema((ROOT / "params.yaml").read_text())
+    for name, reference in made["properties"].items():
+        for key in made["$defs"][reference["$ref"].rpartition("/")[2]]["properties"] if name != "gate" else ():
+            assert page.count(f"| `{name}.{key}` |") == 1
+    assert "| `encode.clip_skip` | integer ≥ 0, ≤ 11 | `0` |" in page
+    assert (
+        "A change reruns `validate`, `export-and-card`.\n\n| key | type and values | default | meaning |\n|---|---|---|---|\n| `validate."
+        in page
+    )
