@@ -140,7 +140,10 @@ def init(
 
 @app.command("import-config")
 def import_config(
-    file: Annotated[Path, typer.Argument(help="A .toml of sd-scripts, or a file with a diffusers script's command line.")],
+    file: Annotated[
+        Path,
+        typer.Argument(help="A .toml of sd-scripts, a .yaml of ai-toolkit, or a file with a diffusers script's command line."),
+    ],
     out: Annotated[Path, typer.Option(help="What to write.")] = Path("params.yaml"),
     family: Annotated[str | None, typer.Option(help="sd or sdxl, where the file's names do not tell.")] = None,
 ) -> None:

@@ -46,13 +46,17 @@ class Concept(Section):
     """One of `dataset.concepts`: a sub-folder with settings of its own."""
 
     path: Annotated[str, Field(min_length=1, description="sub-folder, relative to dataset.path")]
-    format: Format | None = Field(None, description="as dataset.format; null: that")
-    repeats: PositiveInt = Field(1, description="times that each picture is shown in an epoch")
-    prefix: str | None = Field(None, description="before every caption; null: dataset.prefix")
-    suffix: str | None = Field(None, description="after every caption; null: dataset.suffix")
-    instance_prompt: str | None = Field(None, description="caption of pictures without one; null: dataset.instance_prompt")
-    regularisation: bool = Field(False, description="pictures of the class: never held out, never given the trigger word")
-    masks: str | None = Field(None, description="as dataset.masks; null: that")
+    format: Format | None = Field(default=None, description="as dataset.format; null: that")
+    repeats: PositiveInt = Field(default=1, description="times that each picture is shown in an epoch")
+    prefix: str | None = Field(default=None, description="before every caption; null: dataset.prefix")
+    suffix: str | None = Field(default=None, description="after every caption; null: dataset.suffix")
+    instance_prompt: str | None = Field(
+        default=None, description="caption of pictures without one; null: dataset.instance_prompt"
+    )
+    regularisation: bool = Field(
+        default=False, description="pictures of the class: never held out, never given the trigger word"
+    )
+    masks: str | None = Field(default=None, description="as dataset.masks; null: that")
 
 
 class Buckets(Section):
@@ -187,12 +191,12 @@ class OptimiserArgs(Section):
     """`train.optimiser_args`: what an optimiser takes beyond rate and decay; null leaves the library's default."""
 
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] | None = Field(
-        None, description="decay of the means of gradient and square; not for adafactor"
+        default=None, description="decay of the means of gradient and square; not for adafactor"
     )
     eps: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="added to the denominator; adamw, adamw8bit, prodigy, schedule-free-adamw"
+        default=None, description="added to the denominator; adamw, adamw8bit, prodigy, schedule-free-adamw"
     )
-    d_coef: Annotated[float, Field(gt=0)] | None = Field(None, description="factor on prodigy's estimate of the rate")
+    d_coef: Annotated[float, Field(gt=0)] | None = Field(default=None, description="factor on prodigy's estimate of the rate")
 
     def given(self) -> dict[str, Any]:
         """What is not null."""
@@ -216,7 +220,7 @@ class HuberLoss(Section):
     schedule: Literal["constant", "exponential", "snr"] = Field(
         "exponential", description="c over the timesteps: c itself, or from 1 where pictures are clean down to c"
     )
-    scale: Literal["huber", "smooth-l1"] = Field("smooth-l1", description="form of the loss")
+    scale: Literal["huber", "smooth-l1"] = Field(default="smooth-l1", description="form of the loss")
 
 
 class Train(Section):
@@ -336,10 +340,14 @@ class Validate(Section):
 class Threshold(Section):
     """One gate: a metric of `reports/validate/metrics.json` must lie within [min, max], and within shares of the base's value."""
 
-    min: float | None = Field(None, description="least value that passes")
-    max: float | None = Field(None, description="greatest value that passes")
-    min_of_base: Annotated[float, Field(gt=0)] | None = Field(None, description="least value, as a share of the base's own")
-    max_of_base: Annotated[float, Field(gt=0)] | None = Field(None, description="greatest value, as a share of the base's own")
+    min: float | None = Field(default=None, description="least value that passes")
+    max: float | None = Field(default=None, description="greatest value that passes")
+    min_of_base: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="least value, as a share of the base's own"
+    )
+    max_of_base: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="greatest value, as a share of the base's own"
+    )
 
     @model_validator(mode="after")
     def _says_something(self) -> Threshold:
@@ -359,7 +367,7 @@ class PushToHub(Section):
             pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$", description="owner/name on the Hub"
         ),
     ]
-    private: bool = Field(True, description="the repository is made private")
+    private: bool = Field(default=True, description="the repository is made private")
 
 
 class Export(Section):

@@ -1,4 +1,4 @@
-"""Other trainers' settings as `params.yaml`: Kohya's TOML, and the command line of diffusers' example scripts.
+"""Other trainers' settings as `params.yaml`: Kohya's TOML, ai-toolkit's YAML, the command line of diffusers' example scripts.
 
 What has the same meaning is carried over; what has none here is listed, with the reason where there is one. Nothing is guessed
 in silence: what comes out is a preset with these values in it, and says so.
@@ -13,6 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from pipeline.config import check_params, load_yaml
 from pipeline.edit import assign, dumped
@@ -68,6 +71,14 @@ _ALWAYS = {
     "max_data_loader_n_workers": "the training reads encodings, not pictures",
     "dataloader_num_workers": "the training reads encodings, not pictures",
     "network_module": "see lora.method",
+    "device": "the device is found (runtime.device)",
+    "training_folder": "results lie in dist/adapter/",
+    "datasets.cache_latents": "latents are always cached, by content",
+    "datasets.cache_latents_to_disk": "latents are always cached, by content",
+    "save.max_step_saves_to_keep": "snapshots are all kept, checkpoints as runtime.keep_checkpoints has it",
+    "train.train_unet": "the denoiser is always trained",
+    "sample.width": "samples have the size that is trained on",
+    "sample.height": "samples have the size that is trained on",
 }
 
 
@@ -75,7 +86,7 @@ def import_config(source: Path, preset_folder: Path, out: Path, family: str | No
     """Write `out`, a preset with the file's values.
 
     Args:
-        source: a `.toml` of sd-scripts, or a text file with the command line of a diffusers example script.
+        source: a `.toml` of sd-scripts, a `.yaml` of ai-toolkit, or a text file with the command line of a diffusers example script.
         family: sd or sdxl; None: as the file's names suggest.
 
     Raises:
@@ -111,6 +122,17 @@ def translate(source: Path) -> Translation:
             found.values["lora.text_encoder"] = True
             found.carried.append("no network_train_unet_only → lora.text_encoder: True, as sd-scripts has it")
         return found
+    if source.suffix in (".yaml", ".yml"):
+        options = _trainer_of(text, source)
+        base = " ".join(f"{key} {value}" for key, value in options.items() if key.startswith("model.") and value)
+        found = _translated(options, _AI_TOOLKIT, "sdxl" if options.get("model.is_xl") else _family(base, source))
+        found.values.setdefault("lora.rank", 4)  # ai-toolkit's own defaults
+        found.values.setdefault("lora.alpha", 1.0)
+        found.values |= {"train.warmup_steps": 0, "dataset.trigger": found.values.get("dataset.trigger", "")}
+        trigger = found.values["dataset.trigger"]
+        if "validate.prompts" in found.values:
+            found.values["validate.prompts"] = [str(p).replace("[trigger]", trigger) for p in found.values["validate.prompts"]]
+        return found
     options = _command_line(text, source)
     found = _translated(options, _DIFFUSERS, _family(text, source))
     found.values.setdefault("train.warmup_steps", 0)
@@ -124,6 +146,33 @@ def _family(text: str, source: Path) -> str:
     if other := re.search(r"flux|sd3|stable-diffusion-3|lumina|hunyuan", text, re.I):
         raise UserError(f"{source}: it names {other[0]}: settings for sd and sdxl can be translated")
     return "sdxl" if re.search(r"sdxl|xl[-_]base|stable-diffusion-xl", text, re.I) else "sd"
+
+
+_TRAINERS = ("sd_trainer", "diffusion_trainer", "ui_trainer")
+_ARCHITECTURES = ("sd1", "sd15", "sd2", "sdxl")
+
+
+def _trainer_of(text: str, source: Path) -> dict[str, Any]:
+    """The options of an ai-toolkit job's one trainer, as `table.key`; of several datasets the first."""
+    try:
+        document = YAML(typ="safe").load(text)
+        config = document["config"]
+        (trainer,) = (process for process in config["process"] if process["type"] in _TRAINERS)
+    except YAMLError as error:
+        raise UserError(f"{source}: not valid YAML: {str(error).splitlines()[0]}") from None
+    except (KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{source}: not a job of ai-toolkit: config.process with one entry of type {' or '.join(_TRAINERS)} is expected"
+        ) from None
+    if (architecture := trainer.get("model", {}).get("arch", "sd1")) not in _ARCHITECTURES:
+        raise UserError(f"{source}: model.arch {architecture}: settings for {', '.join(_ARCHITECTURES)} can be translated")
+    options = {"name": config["name"]} if "name" in config else {}
+    for key, value in trainer.items():
+        first, rest = (value[0], value[1:]) if isinstance(value, list) and value and isinstance(value[0], dict) else (value, [])
+        options |= {f"{key}.{inner}": v for inner, v in first.items()} if isinstance(first, dict) else {key: first}
+        if rest:
+            options[f"{key} 2 and on"] = f"{len(rest)} more: see dataset.concepts"
+    return options
 
 
 Rule = Callable[[Translation, dict[str, Any], Any], None]
@@ -160,9 +209,14 @@ class _NoEquivalent(Exception):
     """Why an option's value cannot be carried over."""
 
 
+_BATCH_SIZES = ("train_batch_size", "batch_size", "train.batch_size")
+_ACCUMULATIONS = ("gradient_accumulation_steps", "train.gradient_accumulation_steps", "train.gradient_accumulation")
+
+
 def _batch(t: Translation, options: dict[str, Any], value: Any) -> None:
-    each = int(options.get("train_batch_size", options.get("batch_size", 1)))
-    steps = int(options.get("gradient_accumulation_steps", 1))
+    each, steps = (
+        int(next((options[name] for name in names if name in options), 1)) for names in (_BATCH_SIZES, _ACCUMULATIONS)
+    )
     t.values["train.batch_size"] = each * steps
     t.values["runtime.micro_batch"] = each if steps > 1 else None
 
@@ -305,6 +359,10 @@ _PART_OF_OTHERS = {  # read together with another option
     "lr_scheduler_num_cycles",
     "lr_scheduler_power",
     "network_train_unet_only",
+    "type",
+    "model.is_xl",
+    "model.is_v2",
+    "model.arch",
 }
 _DIFFUSERS: dict[str, Rule] = {
     "pretrained_model_name_or_path": _to("model.base"),
@@ -344,6 +402,73 @@ _DIFFUSERS: dict[str, Rule] = {
     "allow_tf32": _to("runtime.tf32", bool),
     "checkpointing_steps": _to("runtime.checkpoint_every", int),
     "hub_model_id": _to("export.push_to_hub", lambda v: {"repo": v, "private": True}),
+}
+
+_PRECISIONS = {"bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "float16": "fp16", "fp32": "no", "float32": "no"}
+
+
+def _one_size(t: Translation, options: dict[str, Any], value: Any) -> None:
+    """ai-toolkit trains on every size of a list, and always in buckets."""
+    sizes = value if isinstance(value, list) else [value]
+    t.values["dataset.resolution"] = side = max(sizes)
+    t.values["dataset.buckets"] = {"step": 64, "min_side": 256, "max_side": 2 * side}
+    if len(sizes) > 1:
+        t.dropped.append(f"datasets.resolution {value}: one size is trained on, the largest")
+
+
+def _quantised(t: Translation, options: dict[str, Any], value: Any) -> None:
+    t.values["train.quantise_base"] = "int8" if value else None
+
+
+def _average(t: Translation, options: dict[str, Any], value: Any) -> None:
+    average = dict(value)
+    if average.get("use_ema"):
+        t.values["train.ema_decay"] = float(average.get("ema_decay", 0.999))
+
+
+_AI_TOOLKIT: dict[str, Rule] = {
+    "name": _to("export.name"),
+    "trigger_word": _to("dataset.trigger", lambda v: v or ""),
+    "network.type": _named("lora.method", {"lora": "lora", "lokr": "lokr"}),
+    "network.linear": _to("lora.rank", int),
+    "network.rank": _to("lora.rank", int),
+    "network.alpha": _to("lora.alpha", float),
+    "network.linear_alpha": _to("lora.alpha", float),
+    "network.dropout": _to("lora.dropout", lambda v: float(v or 0)),
+    "save.dtype": _named("export.dtype", {"float16": "float16", "fp16": "float16", "bf16": "bfloat16", "float32": "float32"}),
+    "save.save_every": _to("train.snapshot_every", int),
+    "datasets.folder_path": _to("dataset.path"),
+    "datasets.caption_ext": _to("dataset.caption_extension", lambda v: f".{str(v).lstrip('.')}"),
+    "datasets.default_caption": _to("dataset.instance_prompt"),
+    "datasets.caption_dropout_rate": _to("train.caption_dropout", float),
+    "datasets.shuffle_tokens": _to("dataset.shuffle_tags", bool),
+    "datasets.flip_x": _to("encode.flip", bool),
+    "datasets.random_crop": _to("dataset.crop", lambda v: "random" if v else "centre"),
+    "datasets.resolution": _one_size,
+    "train.batch_size": _batch,
+    "train.gradient_accumulation_steps": _batch,
+    "train.gradient_accumulation": _batch,
+    "train.steps": _steps,
+    "train.lr": _to("train.learning_rate", float),
+    "train.optimizer": _named("train.optimiser", _OPTIMISERS),
+    "train.lr_scheduler": _named("train.schedule", _SCHEDULES),
+    "train.max_grad_norm": _to("train.max_grad_norm", float),
+    "train.train_text_encoder": _both_networks,
+    "train.gradient_checkpointing": _to("runtime.gradient_checkpointing", bool),
+    "train.dtype": _named("train.mixed_precision", _PRECISIONS),
+    "train.min_snr_gamma": _to("train.min_snr_gamma", float),
+    "train.noise_offset": _to("train.noise_offset", float),
+    "train.ema_config": _average,
+    "model.name_or_path": _to("model.base"),
+    "model.vae_path": _to("model.vae"),
+    "model.is_v_pred": _to("model.prediction", lambda v: "v_prediction" if v else "auto"),
+    "model.quantize": _quantised,
+    "sample.sample_every": _to("runtime.sample_every", int),
+    "sample.prompts": _to("validate.prompts"),
+    "sample.neg": _to("validate.negative_prompt", lambda v: v or ""),
+    "sample.guidance_scale": _to("validate.guidance_scale", float),
+    "sample.sample_steps": _to("validate.inference_steps", int),
+    "sample.seed": _to("validate.seeds", lambda v: [int(v)]),
 }
 
 
@@ -391,7 +516,9 @@ def _command_line(text: str, source: Path) -> dict[str, Any]:
     written = [line for line in lines.splitlines() if not line.lstrip().startswith("#")]
     command = next((line for line in written if re.search(r"train_\w+\.py(\s|$)", line)), None)
     if command is None:
-        raise UserError(f"{source}: neither a .toml of sd-scripts nor the command line of a diffusers script (train_….py)")
+        raise UserError(
+            f"{source}: neither a .toml of sd-scripts, a .yaml of ai-toolkit, nor the command line of a diffusers script (train_….py)"
+        )
     try:
         words = shlex.split(re.sub(r"\$\{?([A-Z_][A-Z0-9_]*)\}?", lambda m: variables.get(m[1], m[0]), command))
     except ValueError as error:

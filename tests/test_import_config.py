@@ -74,6 +74,83 @@ accelerate launch --mixed_precision="fp16" train_text_to_image_lora_sdxl.py \\
   --output_dir=${OUTPUT_DIR} --enable_npu_flash_attention
 """
 
+AI_TOOLKIT = """
+---
+job: extension
+config:
+  name: "my_first_lora_v1"
+  process:
+    - type: 'sd_trainer'
+      training_folder: "output"
+      device: cuda:0
+      trigger_word: "p3r5on"
+      network: {type: lora, linear: 16, linear_alpha: 8}
+      save: {dtype: float16, save_every: 250, max_step_saves_to_keep: 4}  # not for FLUX
+      datasets:
+        - folder_path: "/path/to/images"
+          caption_ext: "txt"
+          caption_dropout_rate: 0.05
+          shuffle_tokens: false
+          cache_latents_to_disk: true
+          resolution: [512, 768, 1024]
+        - folder_path: "/path/to/others"
+      train:
+        batch_size: 2
+        steps: 2000
+        gradient_accumulation_steps: 3
+        train_unet: true
+        train_text_encoder: false
+        gradient_checkpointing: true
+        noise_scheduler: ddpm
+        optimizer: adamw8bit
+        lr: 1e-4
+        ema_config: {use_ema: true, ema_decay: 0.99}
+        dtype: bf16
+      model: {name_or_path: stabilityai/stable-diffusion-xl-base-1.0, is_xl: true, quantize: false}
+      sample:
+        sampler: ddpm
+        sample_every: 250
+        width: 1024
+        prompts: ["[trigger] holding a sign", "a bear"]
+        neg: ""
+        seed: 42
+        guidance_scale: 4
+        sample_steps: 20
+meta: {name: "[name]", version: '1.0'}
+"""
+
+
+def test_ai_toolkits_yaml(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(AI_TOOLKIT)
+    made = import_config(tmp_path / "job.yaml", PRESETS, tmp_path / "params.yaml")
+    p = load_params(tmp_path / "params.yaml")
+    assert (p.model.family, p.model.base, p.export.name) == (
+        "sdxl",
+        "stabilityai/stable-diffusion-xl-base-1.0",
+        "my_first_lora_v1",
+    )
+    assert (p.lora.rank, p.lora.alpha, p.lora.text_encoder, p.export.dtype) == (16, 8.0, False, "float16")
+    assert (p.dataset.path, p.dataset.trigger, p.dataset.resolution) == ("/path/to/images", "p3r5on", 1024)
+    assert p.dataset.buckets and p.dataset.buckets.max_side == 2048
+    assert (p.train.batch_size, p.runtime.micro_batch, p.train.steps, p.train.learning_rate) == (6, 2, 2000, 1e-4)
+    assert (p.train.optimiser, p.train.ema_decay, p.train.mixed_precision) == ("adamw8bit", 0.99, "bf16")
+    assert (p.train.warmup_steps, p.train.caption_dropout, p.train.snapshot_every) == (0, 0.05, 250)
+    assert p.validate_.prompts == ("p3r5on holding a sign", "a bear") and p.validate_.seeds == (42,)
+    assert (p.validate_.guidance_scale, p.validate_.inference_steps, p.runtime.gradient_checkpointing) == (4.0, 20, True)
+    assert made.dropped == [
+        "datasets 2 and on 1 more: see dataset.concepts",
+        "datasets.resolution [512, 768, 1024]: one size is trained on, the largest",
+        "sample.sampler ddpm",
+        "train.noise_scheduler ddpm",
+    ]
+
+
+def test_ai_toolkits_own_defaults(tmp_path: Path) -> None:
+    (tmp_path / "job.yml").write_text("config: {process: [{type: sd_trainer, model: {name_or_path: me/sd15}}]}")
+    import_config(tmp_path / "job.yml", PRESETS, tmp_path / "params.yaml")
+    p = load_params(tmp_path / "params.yaml")
+    assert (p.model.family, p.lora.rank, p.lora.alpha, p.train.warmup_steps) == ("sd", 4, 1.0, 0)
+
 
 def test_kohyas_toml(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text(KOHYA.replace("my style", "my-style"))
@@ -123,10 +200,22 @@ def test_the_diffusers_scripts_command_line(tmp_path: Path) -> None:
     ("name", "text", "said"),
     [
         ("a.toml", "a = ", "not valid TOML"),
-        ("a.sh", "echo hello", "neither a .toml of sd-scripts nor"),
+        ("a.sh", "echo hello", "neither a .toml of sd-scripts, a .yaml of ai-toolkit, nor"),
         ("a.sh", "python train_x.py --a='b", "cannot be read"),
         ("a.toml", "network_dim = 0", "lora.rank"),
         ("a.sh", "python train_dreambooth_lora_flux.py --rank=4", "it names flux"),
+        ("a.yaml", "config: [", "not valid YAML"),
+        ("a.yaml", "dataset: {path: data}", "not a job of ai-toolkit"),
+        (
+            "a.yaml",
+            "config: {process: [{type: sd_trainer, model: {name_or_path: b/FLUX.1-dev, is_flux: true}}]}",
+            "it names FLUX",
+        ),
+        (
+            "a.yaml",
+            "config: {process: [{type: sd_trainer, model: {name_or_path: a/b, arch: wan21}}]}",
+            "model.arch wan21: settings for",
+        ),
     ],
 )
 def test_what_cannot_be_translated_is_said(tmp_path: Path, name: str, text: str, said: str) -> None:
