@@ -94,8 +94,7 @@ def import_config(source: Path, preset_folder: Path, out: Path, family: str | No
     """
     if out.exists():
         raise UserError(f"{out} exists: move it away, or give --out another name")
-    translation = translate(source)
-    translation.family = family or translation.family
+    translation = translate(source, family)
     document = load_yaml(preset_folder / f"{'sdxl' if translation.family == 'sdxl' else 'sd15'}.yaml")
     for key, value in translation.values.items():
         assign(document, key, value)
@@ -104,7 +103,7 @@ def import_config(source: Path, preset_folder: Path, out: Path, family: str | No
     return translation
 
 
-def translate(source: Path) -> Translation:
+def translate(source: Path, family: str | None = None) -> Translation:
     """Read a file of another trainer's."""
     try:
         text = source.read_text(encoding="utf-8")
@@ -115,7 +114,7 @@ def translate(source: Path) -> Translation:
             options = _flat(tomllib.loads(text))
         except tomllib.TOMLDecodeError as error:
             raise UserError(f"{source}: not valid TOML: {error}") from None
-        found = _translated(options, _KOHYA, _family(text, source))
+        found = _translated(options, _KOHYA, family or _family(text, source))
         found.values.setdefault("lora.alpha", 1.0)  # sd-scripts' own defaults
         found.values.setdefault("train.warmup_steps", 0)
         if not options.get("network_train_unet_only") and "text_encoder_lr" not in options:
@@ -125,7 +124,7 @@ def translate(source: Path) -> Translation:
     if source.suffix in (".yaml", ".yml"):
         options = _trainer_of(text, source)
         base = " ".join(f"{key} {value}" for key, value in options.items() if key.startswith("model.") and value)
-        found = _translated(options, _AI_TOOLKIT, "sdxl" if options.get("model.is_xl") else _family(base, source))
+        found = _translated(options, _AI_TOOLKIT, family or ("sdxl" if options.get("model.is_xl") else _family(base, source)))
         found.values.setdefault("lora.rank", 4)  # ai-toolkit's own defaults
         found.values.setdefault("lora.alpha", 1.0)
         found.values |= {"train.warmup_steps": 0, "dataset.trigger": found.values.get("dataset.trigger", "")}
@@ -134,7 +133,7 @@ def translate(source: Path) -> Translation:
             found.values["validate.prompts"] = [str(p).replace("[trigger]", trigger) for p in found.values["validate.prompts"]]
         return found
     options = _command_line(text, source)
-    found = _translated(options, _DIFFUSERS, _family(text, source))
+    found = _translated(options, _DIFFUSERS, family or _family(text, source))
     found.values.setdefault("train.warmup_steps", 0)
     found.values.setdefault("lora.alpha", found.values.get("lora.rank", 4))  # the scripts have no alpha: it is the rank
     found.values.setdefault("lora.rank", 4)
@@ -280,6 +279,8 @@ def _both_networks(t: Translation, options: dict[str, Any], value: Any) -> None:
 
 
 def _clip_skip(t: Translation, options: dict[str, Any], value: Any) -> None:
+    if t.family == "sdxl":
+        raise _NoEquivalent("sd-scripts does not heed it for SDXL, whose last layer but one is always read")
     t.values["encode.clip_skip"] = max(0, int(value) - 1)  # theirs counts from 1, the last layer
 
 

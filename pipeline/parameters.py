@@ -16,7 +16,8 @@ _HEAD = """\
 
 Written by `reprolora schema --markdown`; do not edit. Every key of `params.yaml`, the keys that hold tables of their own after it.
 *required*: the file must state it. A key that is left out has the default that stands here, which need not be what the presets set.
-What a change reruns ends where a stage's results come out byte-identical ([stages.md](stages.md)).
+What a change reruns ends where a stage's results come out byte-identical ([stages.md](stages.md)). `params.schema.json` says the same to
+editors, which complete and check by it.
 """
 
 

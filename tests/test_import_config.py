@@ -180,6 +180,13 @@ def test_kohyas_toml(tmp_path: Path) -> None:
     assert "# inner dimension" in (tmp_path / "params.yaml").read_text()  # a preset's comments
 
 
+def test_clip_skip_is_nothing_for_sdxl(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("clip_skip = 2")
+    made = import_config(tmp_path / "config.toml", PRESETS, tmp_path / "params.yaml", "sdxl")
+    assert load_params(tmp_path / "params.yaml").encode.clip_skip == 0
+    assert [line.partition(":")[0] for line in made.dropped] == ["clip_skip 2"]
+
+
 def test_the_diffusers_scripts_command_line(tmp_path: Path) -> None:
     (tmp_path / "train.sh").write_text(DIFFUSERS)
     made = import_config(tmp_path / "train.sh", PRESETS, tmp_path / "params.yaml")
