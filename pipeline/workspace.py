@@ -52,6 +52,11 @@ class Workspace:
         return self.work / "captions"
 
     @property
+    def dataset_files(self) -> Path:
+        """The dataset's files as prepare-dataset last saw them, and the manifest that came of it; `status` compares."""
+        return self.work / "dataset-files.json"
+
+    @property
     def journal(self) -> Path:
         """One line per stage execution: what ran, when, how it ended."""
         return self.work / "journal.jsonl"
