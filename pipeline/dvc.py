@@ -195,11 +195,10 @@ def _dataset_changes(workspace: Workspace) -> Callable[[str], list[str]]:
     known here; nothing for other paths."""
 
     def changes(path: str) -> list[str]:
-        recorded, manifest = workspace.dataset_files, workspace.root / DATASET / "manifest.jsonl"
-        if not recorded.is_file() or not manifest.is_file():
-            return []
-        told = json.loads(recorded.read_text(encoding="utf-8"))
-        if told["folder"] != path or told["manifest"] != hash_file(manifest):
+        manifest = workspace.root / DATASET / "manifest.jsonl"
+        record = workspace.dataset_files / f"{hash_file(manifest) if manifest.is_file() else ''}.json"
+        told = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+        if told.get("folder") != path:
             return []
         before, now = told["files"], hash_tree(workspace.root / path)
         words = {name: "added" if name not in before else "removed" if name not in now else "edited" for name in before | now}

@@ -53,8 +53,9 @@ class Workspace:
 
     @property
     def dataset_files(self) -> Path:
-        """The dataset's files as prepare-dataset last saw them, and the manifest that came of it; `status` compares."""
-        return self.work / "dataset-files.json"
+        """The dataset's files as prepare-dataset saw them, a record by the hash of the manifest that came of them; `status`
+        compares."""
+        return self.work / "dataset-files"
 
     @property
     def journal(self) -> Path:

@@ -33,8 +33,8 @@ def main(stage: Stage) -> None:
     unpacked = out / UNPACKED.relative_to(DATASET)
     prepared = prepare(root, settings, stage.stop.check, unpacked, auto_caption)
     write_manifest(out, prepared.manifest, prepared.rejects, prepared.left_out)
-    seen = {"folder": settings.path, "files": stage.snapshot.deps[settings.path]}
-    write_json(stage.workspace.dataset_files, {**seen, "manifest": hash_file(out / "manifest.jsonl")})
+    record = stage.workspace.dataset_files / f"{hash_file(out / 'manifest.jsonl')}.json"
+    write_json(record, {"folder": settings.path, "files": stage.snapshot.deps[settings.path]})
     report = stage.out(DATASET_REPORT)
     if prepared.manifest.samples:
         write_report(report, root, prepared, settings, unpacked)  # first: it shows what the two below complain of

@@ -25,6 +25,7 @@ COMMANDS = (
     "generate",
     "import_config",
     "init_project",
+    "live",
     "page/diff",
     "playground",
     "quiet_torchrun",

@@ -63,6 +63,7 @@ def test_one_run_an_adapter_with_children_curves_and_artifacts(built: Project) -
     parent = found["train-lora"][0]
     client = MlflowClient(tracking_uri=store(built))
     assert parent.data.params["train.learning_rate"] == "0.01" and parent.data.params["lora.rank"] == "2"
+    assert parent.data.params["dataset.resolution"] == "32" and parent.data.params["encode.dtype"] == "float32"
     assert [m.step for m in client.get_metric_history(parent.info.run_id, "loss")] == list(range(6))
     assert {"learning_rate", "grad_norm", "steps_per_second", "peak_memory_mib", "final_loss"} <= set(parent.data.metrics)
     assert parent.info.status == "FINISHED"
