@@ -45,6 +45,7 @@ def run(
     from pipeline.dataset.source import require_folder
     from pipeline.dvc import reproduce
     from pipeline.edit import preview_values, set_values
+    from pipeline.renew import renew
     from pipeline.summary import print_status, print_summary
     from pipeline.workspace import Workspace
 
@@ -55,6 +56,8 @@ def run(
         return
     for change in set_values(workspace, set_ or []):
         typer.echo(f"params.yaml: {change}")
+    for line in renew(workspace.root):
+        typer.echo(line)
     if strict:
         os.environ["REPROLORA_STRICT"] = "1"
     fetched = share.pull(workspace) if pull else False
@@ -126,15 +129,20 @@ def diff(revision: Annotated[str, typer.Argument(metavar="REV", help="A commit, 
 @app.command()
 def init(
     folder: Annotated[Path, typer.Argument(help="Where the project is to lie.")],
-    images: Annotated[Path, typer.Option(help="Folder of pictures with captions; copied.")],
-    preset: Annotated[str, typer.Option(help="sd15, sdxl, sd3, or demo for the embedded base.")] = "sd15",
+    images: Annotated[
+        str, typer.Option(metavar="FOLDER|hf://OWNER/NAME[@REVISION]", help="Pictures with captions; copied, or fetched.")
+    ],
+    preset: Annotated[str, typer.Option(help="sd15, sd21, sdxl, sd3, or demo for the embedded base.")] = "sd15",
     trigger: Annotated[str, typer.Option(help="Word that calls the style or subject up.")] = "",
 ) -> None:
-    """Make a project of one's own: pictures, settings that suit them, and the code, under git and DVC."""
+    """Make a project of one's own that uses this reprolora: pictures and settings that suit them, under git and DVC."""
     from pipeline.init_project import init_project
 
-    for proposal in init_project(Path(__file__).resolve().parent, folder, images, preset, trigger):
+    proposals = init_project(folder, images, preset, trigger)
+    for proposal in proposals:
         typer.echo(f"  {proposal.key}: {proposal.value}  ({proposal.reason})")
+    if not proposals:
+        typer.echo("  no loose picture was found to measure: the preset's settings stay")
     typer.echo(f"{folder} is ready: its README says how to go on")
 
 
@@ -146,10 +154,11 @@ def import_config(
 ) -> None:
     """Translate another trainer's settings to params.yaml, and list what has no equivalent."""
     from pipeline.import_config import import_config as translate
+    from pipeline.shipped import shipped
 
     if family not in (None, "sd", "sdxl"):
         raise UserError(f"--family {family}: sd or sdxl")
-    made = translate(file, Path(__file__).resolve().parent / "presets", out, family)
+    made = translate(file, shipped("presets"), out, family)
     for line in made.carried:
         typer.echo(f"  {line}")
     for line in made.dropped:
@@ -201,8 +210,9 @@ def apply(experiment: Annotated[str, typer.Argument(help="As the sweep's table n
 def schema() -> None:
     """Print the JSON schema of params.yaml; params.schema.json is this, committed."""
     from pipeline.schema import schema_text
+    from pipeline.shipped import shipped
 
-    typer.echo(schema_text(Path(__file__).resolve().parent / "params.yaml"), nl=False)
+    typer.echo(schema_text(shipped("params.yaml")), nl=False)
 
 
 @app.command()

@@ -23,6 +23,7 @@ from ruamel.yaml import YAML
 from pipeline import live
 from pipeline.errors import UserError
 from pipeline.files import hash_file, hash_tree
+from pipeline.sources import CODE_JSON, hash_of
 from pipeline.stage import Declaration, declared, value_changes
 from pipeline.workspace import DATASET, Workspace
 
@@ -145,7 +146,8 @@ def status(workspace: Workspace, pending: Sequence[str] = ()) -> list[StageStatu
         if name not in locked:
             reasons = ["has never run"]
         else:
-            reasons = _reasons(changed.get(name, []), locked[name], current, _dataset_changes(workspace))
+            reasons = _code_reasons(declaration, locked[name])
+            reasons += _reasons(changed.get(name, []), locked[name], current, _dataset_changes(workspace))
             reasons += [change for change in pending if change.split(".")[0] in declaration.params]
             stale = {producer[d] for d in declaration.deps if d in producer}
             reasons += [f"after {s.name}" for s in statuses if s.name in stale and s.reasons]
@@ -179,6 +181,8 @@ def _reasons(
             reasons.append(change)
             continue
         for path, what in change.get("changed deps", {}).items():
+            if path == CODE_JSON:
+                continue  # `run` writes it anew: what counts is the installed code
             if isinstance(what, dict):
                 old = locked.get("params", {}).get(path, {})
                 for section in what:
@@ -207,6 +211,14 @@ def _dataset_changes(workspace: Workspace) -> Callable[[str], list[str]]:
         return shown + ([f"{path}: {len(changed) - _SHOWN} more files"] if len(changed) > _SHOWN else [])
 
     return changes
+
+
+def _code_reasons(declaration: Declaration, locked: dict[str, Any]) -> list[str]:
+    """Whether the installed code is another than the one that made the outs. Of another family there is none to compare."""
+    if not declaration.code:
+        return []
+    used = locked.get("params", {}).get(CODE_JSON, {}).get(declaration.code)
+    return ["reprolora's code of this stage is another"] if used and used != hash_of(declaration.code) else []
 
 
 def _up_to(names: list[str], stage: str | None) -> list[str]:
