@@ -218,7 +218,7 @@ def _code_reasons(declaration: Declaration, locked: dict[str, Any]) -> list[str]
     if not declaration.code:
         return []
     used = locked.get("params", {}).get(CODE_JSON, {}).get(declaration.code)
-    return ["reprolora's code of this stage is another"] if used and used != hash_of(declaration.code) else []
+    return ["the installed reprolora has other code for it"] if used and used != hash_of(declaration.code) else []
 
 
 def _up_to(names: list[str], stage: str | None) -> list[str]:

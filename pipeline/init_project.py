@@ -74,7 +74,7 @@ def init_project(folder: Path, images: str, preset: str, trigger: str) -> list[P
         check_params(document)
         write_text(folder / "params.yaml", dumped(document))
         _write_files(folder, name, preset)
-        _repository(folder, data, images)
+        _repository(folder, data)
     return proposals
 
 
@@ -131,11 +131,10 @@ def _write_files(folder: Path, name: str, preset: str) -> None:
     write_record(folder)
 
 
-def _repository(folder: Path, data: Path, images: str) -> None:
-    """git, and the pictures tracked by DVC; those of the Hub are by their pin. Nothing is committed: that is the owner's to do."""
+def _repository(folder: Path, data: Path) -> None:
+    """git, and the pictures tracked by DVC, a fetched dataset too: a sweep's copies of the project have what either tracks, and no more.
+    Nothing is committed: that is the owner's to do."""
     subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
-    if images.startswith("hf:"):
-        return
     done = subprocess.run(
         [sys.executable, "-m", "dvc", "add", "--quiet", str(data)], cwd=folder, capture_output=True, text=True, check=False
     )
