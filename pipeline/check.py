@@ -106,7 +106,7 @@ def _packages() -> str:
         except PackageNotFoundError:
             missing.append(name)
     if missing:
-        raise UserError(f"not installed: {', '.join(missing)}: run `make setup`")
+        raise UserError(f"not installed: {', '.join(missing)}: install reprolora again (`make setup` in a checkout)")
     return f"Python {sys.version.split()[0]}, " + ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
 
 

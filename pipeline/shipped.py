@@ -16,7 +16,7 @@ def shipped(name: str) -> Path:
         UserError: the installation lacks it.
     """
     # the nearest `share` above the code is the one of its own installation, whether in an environment, for a user or a system
-    for folder in (CODE, *(parent / "share" / "reprolora" for parent in CODE.parents)):
+    for folder in (CODE, *(parent / "share" / "reprolora" for parent in (CODE, *CODE.parents))):
         if (folder / "dvc.yaml").is_file() and (folder / name).exists():
             return folder / name
     raise UserError(f"share/reprolora/{name} is missing beside {CODE}: install reprolora again")

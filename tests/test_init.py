@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import runpy
 import shutil
 import subprocess
 from importlib.metadata import version
@@ -17,6 +18,7 @@ from project import REPOSITORY, Project
 from ruamel.yaml import YAML
 
 import pipeline.renew
+import pipeline.shipped
 import pipeline.sources
 from pipeline.config import load_params
 from pipeline.errors import UserError
@@ -25,6 +27,7 @@ from pipeline.files import hash_tree, write_json
 from pipeline.init_project import PRESETS, init_project
 from pipeline.propose import propose
 from pipeline.renew import renew, write_record
+from pipeline.shipped import shipped
 from pipeline.sources import confirmed, installed_code
 from pipeline.stage import declared, snapshot
 from pipeline.workspace import Workspace
@@ -228,3 +231,22 @@ def test_another_version_brings_its_pipeline_and_asks_for_itself(
 def test_a_project_with_code_of_its_own_is_left_alone(project: Project) -> None:
     before = hash_tree(project.root)
     assert renew(project.root) == [] and hash_tree(project.root) == before
+
+
+def test_the_transcript_shows_the_commands_of_its_script() -> None:
+    sections = runpy.run_path(str(REPOSITORY / "docs/transcript.py"))["SECTIONS"]
+    shown = re.findall(r"^\$ (.*)$", (REPOSITORY / "docs/transcript.md").read_text(encoding="utf-8"), re.M)
+    assert shown == [command for _, commands in sections for command in commands], "record it again: docs/transcript.py"
+
+
+@pytest.mark.parametrize("code", ["env/lib/python3.11/site-packages", "target", "usr/local/lib/python3/dist-packages"])
+def test_what_is_shipped_lies_above_its_own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    (tmp_path / code).mkdir(parents=True)
+    share = tmp_path / code.split("/lib/")[0] / "share/reprolora"
+    for folder in (share, tmp_path / "share/reprolora"):  # the farther one is another installation's
+        (folder / "presets").mkdir(parents=True)
+        (folder / "dvc.yaml").write_text("stages: {}\n")
+    monkeypatch.setattr(pipeline.shipped, "CODE", tmp_path / code)
+    assert shipped("presets") == share / "presets"
+    with pytest.raises(UserError, match=r"share/reprolora/assets is missing beside .*: install reprolora again"):
+        shipped("assets")
