@@ -163,7 +163,7 @@ def import_config(
         typer.echo(f"  {line}")
     for line in made.dropped:
         typer.echo(f"  no equivalent: {line}")
-    typer.echo(f"{out}: a preset for {made.family} with these values; `python cli.py check` looks at the rest")
+    typer.echo(f"{out}: a preset for {made.family} with these values; `reprolora check` looks at the rest")
 
 
 @app.command()
@@ -191,7 +191,7 @@ def sweep(
     Console().print(table)
     typer.echo(write_sweep(workspace, trials, metric))
     if trials[0].metrics.get(metric) is not None:
-        typer.echo(f"`python cli.py apply {trials[0].name}` takes the best over")
+        typer.echo(f"`reprolora apply {trials[0].name}` takes the best over")
     if any(not trial.metrics for trial in trials):
         raise typer.Exit(1)
 
@@ -203,7 +203,7 @@ def apply(experiment: Annotated[str, typer.Argument(help="As the sweep's table n
     from pipeline.workspace import Workspace
 
     take_over(Workspace.here(), experiment)
-    typer.echo(f"{experiment} is applied: `python cli.py run` brings the rest up to date")
+    typer.echo(f"{experiment} is applied: `reprolora run` brings the rest up to date")
 
 
 @app.command()
@@ -249,7 +249,7 @@ def fetch(
 
     root = Workspace.here().root
     if source is None and not update:
-        raise UserError("which dataset? `python cli.py fetch hf://owner/name`; `--update` alone updates all that were fetched")
+        raise UserError("which dataset? `reprolora fetch hf://owner/name`; `--update` alone updates all that were fetched")
     for line in update_all(root) if source is None else [fetch_one(root, source, update)]:
         typer.echo(line)
 
@@ -474,7 +474,7 @@ def ui(port: Annotated[int, typer.Option(help="On this machine.")] = 5000) -> No
         typer.echo(f"the store is a server with a UI of its own: {uri}")
         return
     if not uri and not workspace.mlruns.is_dir():
-        raise UserError("there is nothing to show yet: run the pipeline first, or fill MLflow with `python cli.py sync`")
+        raise UserError("there is nothing to show yet: run the pipeline first, or fill MLflow with `reprolora sync`")
     typer.echo(f"MLflow UI on http://127.0.0.1:{port} (Ctrl-C ends it)")
     arguments = [
         "mlflow",

@@ -65,7 +65,7 @@ def fetch(root: Path, source: str, update: bool = False) -> str:
     if pin and not update and revision not in (None, pin.revision, pin.commit):
         raise UserError(
             f"{pin.file} pins {repo} at {pin.commit[:12]} ({pin.revision}), not at {revision}: "
-            f"`python cli.py fetch {source} --update` moves the pin"
+            f"`reprolora fetch {source} --update` moves the pin"
         )
     _refuse_edited(root, pin or wanted, pin)
     if pin and not update:
@@ -94,9 +94,7 @@ def update_all(root: Path) -> list[str]:
     """
     pins = [_read(path) for path in sorted((root / DATA).glob(f"*{_SUFFIX}"))]
     if not pins:
-        raise UserError(
-            f"no dataset was fetched yet: {DATA}/ has no *{_SUFFIX}; begin with `python cli.py fetch hf://owner/name`"
-        )
+        raise UserError(f"no dataset was fetched yet: {DATA}/ has no *{_SUFFIX}; begin with `reprolora fetch hf://owner/name`")
     return [fetch(root, f"hf://{pin.repo}", update=True) for pin in pins]
 
 

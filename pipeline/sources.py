@@ -79,7 +79,7 @@ def confirmed(root: Path, key: str) -> str:
     if stated != now:
         raise UserError(
             f"{CODE_JSON} states {str(stated)[:12] if stated else 'nothing'} as {key}, and the installed reprolora has {now[:12]}: "
-            "`python cli.py run` brings it up to date and runs what that affects"
+            "`reprolora run` brings it up to date and runs what that affects"
         )
     return now
 

@@ -192,7 +192,7 @@ def snapshot(workspace: Workspace, declaration: Declaration, params: Params) -> 
     for dep in declaration.deps:
         path = workspace.root / dep
         if not path.exists():
-            hint = "set dataset.path" if dep == params.dataset.path else "run the stages before it: `python cli.py run`"
+            hint = "set dataset.path" if dep == params.dataset.path else "run the stages before it: `reprolora run`"
             raise UserError(f"{dep} is missing: {hint}")
         deps[dep] = hash_tree(path)
     base = {}

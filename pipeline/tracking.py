@@ -43,7 +43,7 @@ _STAGE = "reprolora.stage"
 _ANSWER_SECONDS = 2.0
 _FLUSH_SECONDS = 2.0
 _BATCH = 200  # metrics per call: a call costs 30 ms or so, whatever it carries
-_LATER = "`python cli.py sync` fills the gap later"
+_LATER = "`reprolora sync` fills the gap later"
 
 Row = dict[str, float]
 

@@ -158,7 +158,7 @@ def test_other_code_is_stated_for_the_stages_that_use_it(own: Path, installed: P
     assert confirmed(own, key) == before["validate"]["sd"]
     edit(installed / "stages/validate.py")
     with pytest.raises(
-        UserError, match=rf"code.json states {before['validate']['sd'][:12]} as {key}, .*`python cli.py run` brings"
+        UserError, match=rf"code.json states {before['validate']['sd'][:12]} as {key}, .*`reprolora run` brings"
     ):
         confirmed(own, key)
     assert renew(own) == [f"code.json: reprolora {VERSION} is installed, with other code for validate"]

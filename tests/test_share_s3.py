@@ -49,12 +49,18 @@ def test_a_clean_clone_gets_everything_from_s3_and_runs_nothing(
 
     refused = project.cli("run", "prepare-dataset", "--push")
     assert refused.returncode == 2, refused.stdout + refused.stderr
-    assert "Traceback" not in refused.stderr and "could not be pushed" in refused.stderr and "bucket does not exist" in refused.stderr
+    assert (
+        "Traceback" not in refused.stderr
+        and "could not be pushed" in refused.stderr
+        and "bucket does not exist" in refused.stderr
+    )
     s3 = boto3.client("s3", endpoint_url=endpoint)
     s3.create_bucket(Bucket="bucket")
     done = project.cli("run", "--push")
     assert done.returncode == 0 and "to the remote" in done.stdout, done.stdout + done.stderr
-    keys = [entry["Key"] for page in s3.get_paginator("list_objects_v2").paginate(Bucket="bucket") for entry in page["Contents"]]
+    keys = [
+        entry["Key"] for page in s3.get_paginator("list_objects_v2").paginate(Bucket="bucket") for entry in page["Contents"]
+    ]
     assert keys and all(key.startswith("style/") for key in keys) and any("/runs/" in key for key in keys)
 
     git(tmp_path, "init", "--bare", "-q", "bare.git")

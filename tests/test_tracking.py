@@ -148,7 +148,7 @@ def test_a_server_that_is_down_costs_seconds_and_sync_fills_the_gap(project: Pro
     tracked(project, uri=down)
     done = project.cli("run")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "does not answer" in done.stdout and "`python cli.py sync` fills the gap later" in done.stdout
+    assert "does not answer" in done.stdout and "`reprolora sync` fills the gap later" in done.stdout
     failed = project.cli("sync")
     assert failed.returncode == 2 and f"the MLflow server {down} does not answer" in failed.stderr
     filled = project.cli("sync", MLFLOW_TRACKING_URI=server)

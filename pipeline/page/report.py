@@ -44,7 +44,7 @@ def write_page(workspace: Workspace) -> Path:
     root = workspace.root
     missing = [str(p) for p in (DATASET_REPORT, TRAIN_REPORT, VALIDATE_REPORT, DIST) if not (root / p).is_dir()]
     if missing:
-        raise UserError(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: `python cli.py run` makes them")
+        raise UserError(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: `reprolora run` makes them")
     write_text(root / PAGE, render("report.html.jinja", **_facts(workspace, load_params(workspace.params))))
     return root / PAGE
 
