@@ -45,6 +45,7 @@ def run(
     from pipeline.dataset.source import require_folder
     from pipeline.dvc import reproduce
     from pipeline.edit import preview_values, set_values
+    from pipeline.renew import renew
     from pipeline.summary import print_status, print_summary
     from pipeline.workspace import Workspace
 
@@ -55,6 +56,8 @@ def run(
         return
     for change in set_values(workspace, set_ or []):
         typer.echo(f"params.yaml: {change}")
+    for line in renew(workspace.root):
+        typer.echo(line)
     if strict:
         os.environ["REPROLORA_STRICT"] = "1"
     fetched = share.pull(workspace) if pull else False
@@ -126,15 +129,20 @@ def diff(revision: Annotated[str, typer.Argument(metavar="REV", help="A commit, 
 @app.command()
 def init(
     folder: Annotated[Path, typer.Argument(help="Where the project is to lie.")],
-    images: Annotated[Path, typer.Option(help="Folder of pictures with captions; copied.")],
-    preset: Annotated[str, typer.Option(help="sd15, sdxl, sd3, or demo for the embedded base.")] = "sd15",
+    images: Annotated[
+        str, typer.Option(metavar="FOLDER|hf://OWNER/NAME[@REVISION]", help="Pictures with captions; copied, or fetched.")
+    ],
+    preset: Annotated[str, typer.Option(help="sd15, sd21, sdxl, sd3, or demo for the embedded base.")] = "sd15",
     trigger: Annotated[str, typer.Option(help="Word that calls the style or subject up.")] = "",
 ) -> None:
-    """Make a project of one's own: pictures, settings that suit them, and the code, under git and DVC."""
+    """Make a project of one's own that uses this reprolora: pictures and settings that suit them, under git and DVC."""
     from pipeline.init_project import init_project
 
-    for proposal in init_project(Path(__file__).resolve().parent, folder, images, preset, trigger):
+    proposals = init_project(folder, images, preset, trigger)
+    for proposal in proposals:
         typer.echo(f"  {proposal.key}: {proposal.value}  ({proposal.reason})")
+    if not proposals:
+        typer.echo("  no loose picture was found to measure: the preset's settings stay")
     typer.echo(f"{folder} is ready: its README says how to go on")
 
 
@@ -149,15 +157,16 @@ def import_config(
 ) -> None:
     """Translate another trainer's settings to params.yaml, and list what has no equivalent."""
     from pipeline.import_config import import_config as translate
+    from pipeline.shipped import shipped
 
     if family not in (None, "sd", "sdxl"):
         raise UserError(f"--family {family}: sd or sdxl")
-    made = translate(file, Path(__file__).resolve().parent / "presets", out, family)
+    made = translate(file, shipped("presets"), out, family)
     for line in made.carried:
         typer.echo(f"  {line}")
     for line in made.dropped:
         typer.echo(f"  no equivalent: {line}")
-    typer.echo(f"{out}: a preset for {made.family} with these values; `python cli.py check` looks at the rest")
+    typer.echo(f"{out}: a preset for {made.family} with these values; `reprolora check` looks at the rest")
 
 
 @app.command()
@@ -185,7 +194,7 @@ def sweep(
     Console().print(table)
     typer.echo(write_sweep(workspace, trials, metric))
     if trials[0].metrics.get(metric) is not None:
-        typer.echo(f"`python cli.py apply {trials[0].name}` takes the best over")
+        typer.echo(f"`reprolora apply {trials[0].name}` takes the best over")
     if any(not trial.metrics for trial in trials):
         raise typer.Exit(1)
 
@@ -197,7 +206,7 @@ def apply(experiment: Annotated[str, typer.Argument(help="As the sweep's table n
     from pipeline.workspace import Workspace
 
     take_over(Workspace.here(), experiment)
-    typer.echo(f"{experiment} is applied: `python cli.py run` brings the rest up to date")
+    typer.echo(f"{experiment} is applied: `reprolora run` brings the rest up to date")
 
 
 @app.command()
@@ -207,10 +216,10 @@ def schema(
     """Print the JSON schema of params.yaml; params.schema.json is this, committed."""
     from pipeline.parameters import parameters_page
     from pipeline.schema import schema_text
+    from pipeline.shipped import shipped
 
-    here = Path(__file__).resolve().parent
-    shipped, stages = here / "params.yaml", here / "dvc.yaml"
-    typer.echo(parameters_page(shipped, stages) if markdown else schema_text(shipped), nl=False)
+    params = shipped("params.yaml")
+    typer.echo(parameters_page(params, shipped("dvc.yaml")) if markdown else schema_text(params), nl=False)
 
 
 @app.command()
@@ -247,7 +256,7 @@ def fetch(
 
     root = Workspace.here().root
     if source is None and not update:
-        raise UserError("which dataset? `python cli.py fetch hf://owner/name`; `--update` alone updates all that were fetched")
+        raise UserError("which dataset? `reprolora fetch hf://owner/name`; `--update` alone updates all that were fetched")
     for line in update_all(root) if source is None else [fetch_one(root, source, update)]:
         typer.echo(line)
 
@@ -472,7 +481,7 @@ def ui(port: Annotated[int, typer.Option(help="On this machine.")] = 5000) -> No
         typer.echo(f"the store is a server with a UI of its own: {uri}")
         return
     if not uri and not workspace.mlruns.is_dir():
-        raise UserError("there is nothing to show yet: run the pipeline first, or fill MLflow with `python cli.py sync`")
+        raise UserError("there is nothing to show yet: run the pipeline first, or fill MLflow with `reprolora sync`")
     typer.echo(f"MLflow UI on http://127.0.0.1:{port} (Ctrl-C ends it)")
     arguments = [
         "mlflow",

@@ -17,6 +17,7 @@ from pipeline.edit import set_values
 from pipeline.errors import UserError
 from pipeline.model_source import ModelSource, pin_of, resolve
 from pipeline.progress import say
+from pipeline.renew import told_of_code
 from pipeline.workspace import Workspace
 
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "dvc", "mlflow", "safetensors")
@@ -28,6 +29,7 @@ def check_all(workspace: Workspace) -> bool:
     checks: list[tuple[str, Callable[[], str]]] = [
         ("params.yaml", lambda: "every key and value is allowed"),
         ("project", lambda: _project(workspace)),
+        ("code", lambda: told_of_code(workspace.root)),
         ("packages", _packages),
         ("device", lambda: _device(params.runtime.device)),
         ("disk", lambda: _disk(workspace)),
@@ -104,7 +106,7 @@ def _packages() -> str:
         except PackageNotFoundError:
             missing.append(name)
     if missing:
-        raise UserError(f"not installed: {', '.join(missing)}: run `make setup`")
+        raise UserError(f"not installed: {', '.join(missing)}: install reprolora again (`make setup` in a checkout)")
     return f"Python {sys.version.split()[0]}, " + ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
 
 

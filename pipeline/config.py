@@ -359,7 +359,7 @@ class Threshold(Section):
 
 
 class PushToHub(Section):
-    """`export.push_to_hub`: where `cli.py push` publishes an adapter whose gate passed."""
+    """`export.push_to_hub`: where `reprolora push` publishes an adapter whose gate passed."""
 
     repo: Annotated[
         str,

@@ -30,7 +30,7 @@ def inspect(workspace: Workspace) -> None:
     """
     report, tokens = workspace.root / DATASET_REPORT, workspace.root / ENCODED / "tokens.json"
     if not (report / "summary.json").is_file():
-        raise UserError(f"{DATASET_REPORT} is missing: run the pipeline first, or `python cli.py data preview`")
+        raise UserError(f"{DATASET_REPORT} is missing: run the pipeline first, or `reprolora data preview`")
     rejects, left_out = (
         [Reject(**row) for row in read_lines(workspace.root / DATASET / name)] for name in ("rejects.jsonl", "left-out.jsonl")
     )

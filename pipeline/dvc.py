@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -20,9 +20,14 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from pipeline import live
 from pipeline.errors import UserError
+from pipeline.files import hash_file, hash_tree
+from pipeline.sources import CODE_JSON, hash_of
 from pipeline.stage import Declaration, declared, value_changes
-from pipeline.workspace import Workspace
+from pipeline.workspace import DATASET, Workspace
+
+_SHOWN = 5  # changed files that are named
 
 
 @dataclass(frozen=True)
@@ -61,15 +66,7 @@ def reproduce(workspace: Workspace, stage: str | None, force: bool, pull: bool =
         *(["--pull"] if pull else []),
         *([stage] if stage else []),
     ]
-    process = subprocess.Popen(command, cwd=workspace.root, env=environment, preexec_fn=_die_with_parent)
-    interrupted = False
-    with _sigterm_to_the_stage_of(process):
-        while True:
-            try:
-                code = process.wait()
-                break
-            except KeyboardInterrupt:  # the whole group got it: DVC and the stage save and leave, we wait for them
-                interrupted = True
+    code, interrupted = _wait_for(command, workspace, environment, _up_to(list(complete), stage))
     executed = {e["stage"]: e for e in journal(workspace) if e["run"] == run}
     after, wanted = _locked(workspace), _up_to(list(complete), stage)
     broken = [name for name, entry in executed.items() if entry["outcome"] != "done"]
@@ -86,6 +83,38 @@ def reproduce(workspace: Workspace, stage: str | None, force: bool, pull: bool =
         else:
             outcomes.append(StageOutcome(name, "up to date", None))
     return (130 if interrupted and code == 0 else code), outcomes
+
+
+def _wait_for(command: list[str], workspace: Workspace, environment: dict[str, str], names: list[str]) -> tuple[int, bool]:
+    """Run DVC to its end, its output passed through, or in a terminal under the view of the stages; its exit code, and whether
+    there was a Ctrl-C."""
+    watched = live.can_be_live()
+    if watched:
+        file = workspace.work / "live.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        environment = {**environment, **live.environment(file)}
+    process = subprocess.Popen(
+        command,
+        cwd=workspace.root,
+        env=environment,
+        preexec_fn=_die_with_parent,
+        stdout=subprocess.PIPE if watched else None,
+        stderr=subprocess.STDOUT if watched else None,
+        encoding="utf-8",
+    )
+    interrupted = False
+    with _sigterm_to_the_stage_of(process):
+        if watched:
+            viewer = threading.Thread(target=live.show, args=(live.View(names, file), process.stdout))
+            viewer.start()
+        while True:
+            try:
+                code = process.wait()
+                if watched:
+                    viewer.join()
+                return code, interrupted
+            except KeyboardInterrupt:  # the whole group got it: DVC and the stage save and leave, we wait for them
+                interrupted = True
 
 
 def status(workspace: Workspace, pending: Sequence[str] = ()) -> list[StageStatus]:
@@ -117,7 +146,8 @@ def status(workspace: Workspace, pending: Sequence[str] = ()) -> list[StageStatu
         if name not in locked:
             reasons = ["has never run"]
         else:
-            reasons = _reasons(changed.get(name, []), locked[name], current)
+            reasons = _code_reasons(declaration, locked[name])
+            reasons += _reasons(changed.get(name, []), locked[name], current, _dataset_changes(workspace))
             reasons += [change for change in pending if change.split(".")[0] in declaration.params]
             stale = {producer[d] for d in declaration.deps if d in producer}
             reasons += [f"after {s.name}" for s in statuses if s.name in stale and s.reasons]
@@ -142,22 +172,53 @@ def journal(workspace: Workspace) -> list[dict[str, Any]]:
     return entries
 
 
-def _reasons(changes: list[Any], locked: dict[str, Any], current: dict[str, Any]) -> list[str]:
+def _reasons(
+    changes: list[Any], locked: dict[str, Any], current: dict[str, Any], files: Callable[[str], list[str]]
+) -> list[str]:
     reasons: list[str] = []
     for change in changes:
         if isinstance(change, str):
             reasons.append(change)
             continue
         for path, what in change.get("changed deps", {}).items():
+            if path == CODE_JSON:
+                continue  # `run` writes it anew: what counts is the installed code
             if isinstance(what, dict):
                 old = locked.get("params", {}).get(path, {})
                 for section in what:
                     lines = value_changes(old.get(section), current.get(section), section)
                     reasons += lines or [f"{section} was not recorded before"]
             else:
-                reasons.append(f"{path} {what}")
+                reasons += files(path) or [f"{path} {what}"]
         reasons += [f"{path} {what}" for path, what in change.get("changed outs", {}).items()]
     return reasons
+
+
+def _dataset_changes(workspace: Workspace) -> Callable[[str], list[str]]:
+    """For the dataset's folder, which of its files changed since prepare-dataset made what lies in `build/dataset`, where that is
+    known here; nothing for other paths."""
+
+    def changes(path: str) -> list[str]:
+        manifest = workspace.root / DATASET / "manifest.jsonl"
+        record = workspace.dataset_files / f"{hash_file(manifest) if manifest.is_file() else ''}.json"
+        told = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+        if told.get("folder") != path:
+            return []
+        before, now = told["files"], hash_tree(workspace.root / path)
+        words = {name: "added" if name not in before else "removed" if name not in now else "edited" for name in before | now}
+        changed = sorted(name for name in words if before.get(name) != now.get(name))
+        shown = [f"{path}/{name} {words[name]}" for name in changed[:_SHOWN]]
+        return shown + ([f"{path}: {len(changed) - _SHOWN} more files"] if len(changed) > _SHOWN else [])
+
+    return changes
+
+
+def _code_reasons(declaration: Declaration, locked: dict[str, Any]) -> list[str]:
+    """Whether the installed code is another than the one that made the outs. Of another family there is none to compare."""
+    if not declaration.code:
+        return []
+    used = locked.get("params", {}).get(CODE_JSON, {}).get(declaration.code)
+    return ["the installed reprolora has other code for it"] if used and used != hash_of(declaration.code) else []
 
 
 def _up_to(names: list[str], stage: str | None) -> list[str]:
@@ -185,7 +246,7 @@ def _environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _sigterm_to_the_stage_of(process: subprocess.Popen[bytes]) -> Iterator[None]:
+def _sigterm_to_the_stage_of(process: subprocess.Popen[str]) -> Iterator[None]:
     """Hand SIGTERM on to the stage that DVC runs, which saves and leaves, and then DVC does: DVC itself would die at once, and we
     would not know when the stage has saved."""
 
@@ -204,7 +265,7 @@ def _sigterm_to_the_stage_of(process: subprocess.Popen[bytes]) -> Iterator[None]
         signal.signal(signal.SIGTERM, before)
 
 
-def _end_after_its_stage(process: subprocess.Popen[bytes]) -> None:
+def _end_after_its_stage(process: subprocess.Popen[str]) -> None:
     """End DVC once no stage of its runs any more: one that was through by then must not be followed by the next."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while process.poll() is None and children.is_file() and children.read_text().strip():

@@ -59,16 +59,13 @@ def fetch(root: Path, source: str, update: bool = False) -> str:
     Raises:
         UserError: not such a source, no such dataset, no network, or files that somebody edited are in the way.
     """
-    match = _SOURCE.fullmatch(source)
-    if not match or ".." in source or "--" in match[1] + match[2]:  # the Hub forbids both, and `--` joins the folder's name
-        raise UserError(f"{source} is no dataset of the Hub: give hf://owner/name or hf://owner/name@revision")
-    repo, revision = f"{match[1]}/{match[2]}", match[3]
+    repo, revision = _parsed(source)
     wanted = Pin(repo, revision or "main", "", "")
     pin = _read(root / wanted.file) if (root / wanted.file).exists() else None
     if pin and not update and revision not in (None, pin.revision, pin.commit):
         raise UserError(
             f"{pin.file} pins {repo} at {pin.commit[:12]} ({pin.revision}), not at {revision}: "
-            f"`python cli.py fetch {source} --update` moves the pin"
+            f"`reprolora fetch {source} --update` moves the pin"
         )
     _refuse_edited(root, pin or wanted, pin)
     if pin and not update:
@@ -84,6 +81,11 @@ def fetch(root: Path, source: str, update: bool = False) -> str:
     return f"{repo}: {commit[:12]} ({revision}) in {new.folder}; keep {new.file} in git"
 
 
+def folder_of(source: str) -> Path:
+    """Where `fetch` puts a source, relative to the project."""
+    return Pin(_parsed(source)[0], "", "", "").folder
+
+
 def update_all(root: Path) -> list[str]:
     """Move every recorded pin to the newest commit of its revision; one line for each.
 
@@ -92,10 +94,15 @@ def update_all(root: Path) -> list[str]:
     """
     pins = [_read(path) for path in sorted((root / DATA).glob(f"*{_SUFFIX}"))]
     if not pins:
-        raise UserError(
-            f"no dataset was fetched yet: {DATA}/ has no *{_SUFFIX}; begin with `python cli.py fetch hf://owner/name`"
-        )
+        raise UserError(f"no dataset was fetched yet: {DATA}/ has no *{_SUFFIX}; begin with `reprolora fetch hf://owner/name`")
     return [fetch(root, f"hf://{pin.repo}", update=True) for pin in pins]
+
+
+def _parsed(source: str) -> tuple[str, str | None]:
+    match = _SOURCE.fullmatch(source)
+    if not match or ".." in source or "--" in match[1] + match[2]:  # the Hub forbids both, and `--` joins the folder's name
+        raise UserError(f"{source} is no dataset of the Hub: give hf://owner/name or hf://owner/name@revision")
+    return f"{match[1]}/{match[2]}", match[3]
 
 
 def _restore(root: Path, pin: Pin) -> str:

@@ -20,7 +20,7 @@ def verdict(workspace: Workspace, against: str | None, tolerance: float) -> list
     """
     path = workspace.root / VALIDATE_REPORT / "metrics.json"
     if not path.is_file():
-        raise UserError(f"{VALIDATE_REPORT}/metrics.json is missing: `python cli.py run` makes it")
+        raise UserError(f"{VALIDATE_REPORT}/metrics.json is missing: `reprolora run` makes it")
     metrics = json.loads(path.read_text(encoding="utf-8"))
     thresholds = load_params(workspace.params).gate
     findings = judge(metrics, thresholds)

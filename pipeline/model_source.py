@@ -77,7 +77,7 @@ def resolve(source: ModelSource, root: Path, key: str = "model.base") -> LocalMo
             set, as in CI.
     """
     if not source.revision:
-        text = f"{key}: {source.base} is not pinned and may change unnoticed; `python cli.py pin` fills it in"
+        text = f"{key}: {source.base} is not pinned and may change unnoticed; `reprolora pin` fills it in"
         if os.environ.get("REPROLORA_STRICT", "") not in ("", "0"):
             raise UserError(text)
         say(f"  note: {text}")
@@ -131,13 +131,12 @@ def _refuse_unpinned_content(source: ModelSource, path: Path, key: str) -> str |
         if found != source.revision:
             raise UserError(
                 f"{key}: the files of {source.base} are not the pinned ones: pinned {source.revision[:19]}…, "
-                f"found {found[:19]}…. Restore the files, or accept them with `python cli.py pin`"
+                f"found {found[:19]}…. Restore the files, or accept them with `reprolora pin`"
             )
         return found
     if source.revision:
         raise UserError(
-            f"{key}: {source.revision[:12]}… is a Hub commit, but {source.base} lies here: "
-            "`python cli.py pin` fills in its sha256"
+            f"{key}: {source.revision[:12]}… is a Hub commit, but {source.base} lies here: `reprolora pin` fills in its sha256"
         )
     return None
 
@@ -149,7 +148,7 @@ def _resolve_hub(source: ModelSource, key: str) -> LocalModel:
     if source.revision and source.revision.startswith("sha256:"):
         raise UserError(
             f"{key}: a sha256 pin belongs to a local folder, but {source.base} is on the Hub: "
-            "`python cli.py pin` fills in its commit"
+            "`reprolora pin` fills in its commit"
         )
     weights = f"*.{source.variant}*.safetensors" if source.variant else "*.safetensors"
     whole = ["model*.safetensors", "diffusion_pytorch_model*.safetensors"]  # a CLIP's, or a VAE's, at the top

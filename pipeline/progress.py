@@ -1,14 +1,21 @@
-"""Progress of long work: one live bar in a terminal, a plain line now and then elsewhere."""
+"""Progress of long work: under `run` in a terminal a file that `run` draws from, one live bar in a terminal otherwise, and
+elsewhere a plain line now and then."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
+LIVE_FILE = "REPROLORA_LIVE"  # names the file that `run` reads
+_LIVE_SECONDS = 0.25
 _QUIET_SECONDS = 30.0  # how often a log file hears of us
 
 
@@ -20,8 +27,9 @@ class Bar(Protocol):
 
 
 def say(text: str) -> None:
-    """One plain line on the screen, at once."""
-    print(text, flush=True)
+    """One plain line on the screen, at once. Nobody listening any more must not keep a stage from saving its work."""
+    with contextlib.suppress(BrokenPipeError):
+        print(text, flush=True)
 
 
 @contextmanager
@@ -29,6 +37,8 @@ def progress(title: str, total: int, unit: str, done: int = 0) -> Iterator[Bar]:
     """A bar over `total` items, `done` of them finished earlier; shows rate (`unit`/s) and remaining time."""
     if total <= done:
         yield _Silent()
+    elif LIVE_FILE in os.environ:
+        yield _Told(Path(os.environ[LIVE_FILE]), title, total, unit, done)
     elif sys.stdout.isatty():
         yield from _live(title, total, unit, done)
     else:
@@ -76,6 +86,24 @@ class _Counter:
 class _Silent:
     def advance(self, count: int = 1, note: str = "") -> None:
         return
+
+
+class _Told:
+    """Writes how far it is, whole or not at all: `run` may read at any moment."""
+
+    def __init__(self, file: Path, title: str, total: int, unit: str, done: int) -> None:
+        self.file, self.title, self.total, self.unit = file, title, total, unit
+        self.counter, self.told = _Counter(done), 0.0
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        rate = self.counter.add(count)
+        if time.monotonic() - self.told < _LIVE_SECONDS:
+            return
+        self.told = time.monotonic()
+        position = {"title": self.title, "done": self.counter.done + self.counter.counted, "total": self.total}
+        partial = self.file.with_suffix(".partial")
+        partial.write_text(json.dumps({**position, "unit": self.unit, "rate": rate, "note": note}), encoding="utf-8")
+        partial.replace(self.file)
 
 
 class _Plain:

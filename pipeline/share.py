@@ -27,7 +27,7 @@ def pull(workspace: Workspace) -> bool:
     _require_remote(workspace)
     fetched = _dvc(workspace, "fetch", "--run-cache")
     if fetched.returncode:
-        say(f"  not everything could be fetched ({_last(fetched)}): what is missing is made")
+        say(f"  not everything could be fetched ({_said(fetched)}): what is missing is made")
     missing = [path for path in _tracked(workspace) if not (workspace.root / path).exists()]
     for path in missing:  # one by one: a folder that the remote lacks must not keep the others away
         _dvc(workspace, "checkout", path)
@@ -45,8 +45,8 @@ def push(workspace: Workspace) -> None:
     _require_remote(workspace)
     pushed = _dvc(workspace, "push", "--run-cache")
     if pushed.returncode:
-        raise UserError(f"the results could not be pushed: {_last(pushed)}. They lie here, and the next push sends them")
-    say(f"  to the remote: {_last(pushed) or 'everything'}")
+        raise UserError(f"the results could not be pushed: {_said(pushed)}. They lie here, and the next push sends them")
+    say(f"  to the remote: {_said(pushed) or 'everything'}")
 
 
 def _tracked(workspace: Workspace) -> list[str]:
@@ -75,7 +75,9 @@ def _dvc(workspace: Workspace, *arguments: str) -> subprocess.CompletedProcess[s
     )
 
 
-def _last(done: subprocess.CompletedProcess[str]) -> str:
+def _said(done: subprocess.CompletedProcess[str]) -> str:
+    """DVC's first error, which names the cause; without one, the last line."""
     lines = [line.strip() for line in (done.stderr + "\n" + done.stdout).splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR: ").removeprefix("unexpected error - ") for line in lines if line.startswith("ERROR: ")]
     useful = [line for line in lines if not line.startswith(("Collecting", "Fetching", "Pushing"))]
-    return (useful or [""])[-1][:300]
+    return (errors[:1] or useful[-1:] or [""])[0][:300]

@@ -34,8 +34,10 @@ from pipeline.errors import AlreadyRunning, Interrupted, UserError
 from pipeline.files import hash_file, hash_json, hash_tree
 from pipeline.model_source import ModelSource, pin_of
 from pipeline.progress import say
+from pipeline.sources import CODE_JSON, confirmed, is_source, source_files
 from pipeline.workspace import Workspace
 
+_INSTALLED = "the installed reprolora"  # among the dependencies of a project without code of its own
 _SHELLS = {"sh", "bash", "dash", "zsh", "fish", "ksh"}
 
 
@@ -46,6 +48,7 @@ class Declaration:
     deps: tuple[str, ...]
     params: tuple[str, ...]
     outs: tuple[str, ...]
+    code: str | None = None  # where code.json states the stage's code; None: the code is among deps
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Snapshot:
     @property
     def identity(self) -> str:
         """Names the result: like the fingerprint, but without the code, so that a comment there makes no other adapter."""
-        data = {path: files for path, files in self.deps.items() if not path.startswith(("pipeline/", "stages/"))}
+        data = {path: files for path, files in self.deps.items() if not is_source(path) and path != _INSTALLED}
         return hash_json([self.params, data, self.base])[:16]
 
 
@@ -166,20 +169,30 @@ def declared(workspace: Workspace, name: str) -> Declaration:
         return tuple(fill(item if isinstance(item, str) else next(iter(item))) for item in items)
 
     outs = [*entry.get("outs", []), *entry.get("metrics", []), *entry.get("plots", [])]
-    return Declaration(paths(entry["deps"]), tuple(entry["params"]), paths(outs))
+    sections = tuple(item for item in entry["params"] if isinstance(item, str))
+    code = [fill(key) for item in entry["params"] if isinstance(item, dict) for key in item.get(CODE_JSON, [])]
+    return Declaration(paths(entry["deps"]), sections, paths(outs), code[0] if code else None)
+
+
+def code_files(workspace: Workspace, name: str) -> dict[str, Path]:
+    """The stage's source files by their names in `dvc.yaml`: the project's own, or the installed ones."""
+    declaration = declared(workspace, name)
+    if declaration.code:
+        return source_files(name, load_params(workspace.params).model.family)
+    return {dep: workspace.root / dep for dep in declaration.deps if is_source(dep)}
 
 
 def snapshot(workspace: Workspace, declaration: Declaration, params: Params) -> Snapshot:
     """Hash everything the stage depends on.
 
     Raises:
-        UserError: a dependency is missing.
+        UserError: a dependency is missing, or code.json does not state the installed code.
     """
-    deps = {}
+    deps = {_INSTALLED: {".": confirmed(workspace.root, declaration.code)}} if declaration.code else {}
     for dep in declaration.deps:
         path = workspace.root / dep
         if not path.exists():
-            hint = "set dataset.path" if dep == params.dataset.path else "run the stages before it: `python cli.py run`"
+            hint = "set dataset.path" if dep == params.dataset.path else "run the stages before it: `reprolora run`"
             raise UserError(f"{dep} is missing: {hint}")
         deps[dep] = hash_tree(path)
     base = {}

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from pipeline.dvc import StageOutcome, status
 from pipeline.progress import say
@@ -28,7 +31,7 @@ def print_status(workspace: Workspace, up_to: str | None = None, as_json: bool =
         say(json.dumps([{"stage": s.name, "reasons": s.reasons, "last_seconds": s.last_seconds} for s in statuses], indent=2))
         return
     for s in statuses:
-        took = f" (took {_duration(s.last_seconds)} last time)" if s.reasons and s.last_seconds is not None else ""
+        took = f" (took {_duration(s.last_seconds)} last time)" if s.last_seconds is not None else ""
         if len(s.reasons) == 1:
             say(f"{s.name}: {s.reasons[0]}{took}")
         else:
@@ -58,10 +61,17 @@ def print_summary(workspace: Workspace, outcomes: Sequence[StageOutcome]) -> Non
             f"  {'gate':<44}{'passed' if gate['passed'] else 'FAILED: ' + '; '.join(f for f in gate['findings'] if ': fails' in f)}"
         )
     say("")
-    say(f"  the page           {write_page(workspace).relative_to(workspace.root)}")
-    say(f"  before and after   {VALIDATE_REPORT / 'before-after.png'}")
-    say(f"  training pictures  {DATASET_REPORT / 'contact-sheet.png'}")
-    say(f"  adapter and card   {DIST}/")
+    say(f"  the page           {_link(workspace, write_page(workspace).relative_to(workspace.root))}")
+    say(f"  before and after   {_link(workspace, VALIDATE_REPORT / 'before-after.png')}")
+    say(f"  training pictures  {_link(workspace, DATASET_REPORT / 'contact-sheet.png')}")
+    say(f"  adapter and card   {_link(workspace, DIST)}/")
+
+
+def _link(workspace: Workspace, path: Path) -> str:
+    """A path that terminals open at a click (OSC 8); plain elsewhere."""
+    if not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
+        return str(path)
+    return f"\x1b]8;;{(workspace.root / path).resolve().as_uri()}\x1b\\{path}\x1b]8;;\x1b\\"
 
 
 def _duration(seconds: float) -> str:

@@ -25,6 +25,7 @@ from pipeline.history import bytes_at, metrics_at
 from pipeline.metrics import DEFINITIONS
 from pipeline.page.html import number, picture, render
 from pipeline.progress import say
+from pipeline.renew import renew
 from pipeline.workspace import VALIDATE_REPORT, Workspace
 
 PAGE = Path("reports/sweep.html")
@@ -72,6 +73,8 @@ def sweep(workspace: Workspace, assignments: list[str], metric: str, jobs: int) 
     trials = combinations(assignments)
     for changes in trials:
         preview_values(workspace, list(changes))  # refuses what is not allowed, before anything runs
+    for line in renew(workspace.root):
+        say(line)
     head = _git(workspace, "rev-parse", "HEAD")
     if not head:
         raise UserError("a sweep needs a commit to start from: `git add --all && git commit`")

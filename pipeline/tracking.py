@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ruamel.yaml import YAML
+
 from pipeline.boards import mirror_pictures, mirrored_curves
 from pipeline.config import Tracking, load_params
 from pipeline.errors import UserError
@@ -41,7 +43,7 @@ _STAGE = "reprolora.stage"
 _ANSWER_SECONDS = 2.0
 _FLUSH_SECONDS = 2.0
 _BATCH = 200  # metrics per call: a call costs 30 ms or so, whatever it carries
-_LATER = "`python cli.py sync` fills the gap later"
+_LATER = "`reprolora sync` fills the gap later"
 
 Row = dict[str, float]
 
@@ -322,7 +324,7 @@ def _runs_of_files(workspace: Workspace) -> list[Run]:
         Run(
             "train-lora",
             training["identity"],
-            _flat({**training["params"], "lineage": {"encodings": training["encodings"]}}),
+            _flat({**_earlier_sections(workspace), **training["params"], "lineage": {"encodings": training["encodings"]}}),
             {"final_loss": _json(root / TRAIN_REPORT / "metrics.json")["final_loss"]},
             (root / ADAPTER / "adapter.safetensors", root / ADAPTER / "training.json"),
             curve,
@@ -362,6 +364,17 @@ def _runs_of_files(workspace: Workspace) -> list[Run]:
             )
         )
     return runs
+
+
+def _earlier_sections(workspace: Workspace) -> dict[str, Any]:
+    """`dataset` and `encode` as DVC has recorded them of the stages that use them; nothing where no DVC ran them."""
+    if not workspace.dvc_lock.is_file():
+        return {}
+    stages = YAML(typ="safe").load(workspace.dvc_lock.read_text(encoding="utf-8")).get("stages", {})
+    sections: dict[str, Any] = {}
+    for stage, section in (("prepare-dataset", "dataset"), ("precompute-latents-and-embeddings", "encode")):
+        sections[section] = stages.get(stage, {}).get("params", {}).get("params.yaml", {}).get(section, {})
+    return sections
 
 
 def _run_name(stage: str, fingerprint: str) -> str:

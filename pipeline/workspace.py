@@ -52,6 +52,12 @@ class Workspace:
         return self.work / "captions"
 
     @property
+    def dataset_files(self) -> Path:
+        """The dataset's files as prepare-dataset saw them, a record by the hash of the manifest that came of them; `status`
+        compares."""
+        return self.work / "dataset-files"
+
+    @property
     def journal(self) -> Path:
         """One line per stage execution: what ran, when, how it ended."""
         return self.work / "journal.jsonl"

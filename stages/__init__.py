@@ -33,7 +33,7 @@ def run(name: str) -> None:
             try:
                 say(f"  the page to look at: {write_page(stage.workspace)}")
             except Exception as error:  # what is to be kept is written: a page can be made again
-                say(f"  the page could not be made: {error}; `python cli.py report` tries again")
+                say(f"  the page could not be made: {error}; `reprolora report` tries again")
         mirror(stage)
 
     run_stage(name, body, after=mirrored if name in _MIRRORED else None)

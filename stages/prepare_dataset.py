@@ -7,6 +7,7 @@ from pathlib import Path
 from pipeline.dataset.manifest import write_manifest
 from pipeline.dataset.prepare import prepare, refuse_nothing_to_train_on, refuse_too_many_rejects
 from pipeline.dataset.report import in_words, write_report
+from pipeline.files import hash_file, write_json
 from pipeline.progress import say
 from pipeline.stage import Stage
 from pipeline.workspace import DATASET, DATASET_REPORT, UNPACKED
@@ -32,6 +33,8 @@ def main(stage: Stage) -> None:
     unpacked = out / UNPACKED.relative_to(DATASET)
     prepared = prepare(root, settings, stage.stop.check, unpacked, auto_caption)
     write_manifest(out, prepared.manifest, prepared.rejects, prepared.left_out)
+    record = stage.workspace.dataset_files / f"{hash_file(out / 'manifest.jsonl')}.json"
+    write_json(record, {"folder": settings.path, "files": stage.snapshot.deps[settings.path]})
     report = stage.out(DATASET_REPORT)
     if prepared.manifest.samples:
         write_report(report, root, prepared, settings, unpacked)  # first: it shows what the two below complain of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import subprocess
 import sys
@@ -167,3 +168,22 @@ def test_a_terminal_sees_bars_and_a_pipe_does_not(project: Project) -> None:
     )
     assert done.returncode == 0
     assert b"\x1b[" in done.stdout and "reading pictures" in done.stdout.decode()
+
+
+def test_run_in_a_terminal_shows_all_stages_in_one_place(project: Project) -> None:
+    command = f"{sys.executable} cli.py run precompute-latents-and-embeddings"
+    done = subprocess.run(
+        ["script", "-qec", command, "/dev/null"],
+        cwd=project.root,
+        env=project.environment({"TERM": "xterm", "CI": ""}) | {"COLUMNS": "120"},
+        capture_output=True,
+        check=False,
+    )
+    seen = done.stdout.decode()
+    assert done.returncode == 0, seen
+    view = [re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", line) for line in seen.splitlines()]
+    assert any(
+        "precompute-latents-and-embeddings" in line and re.search(r"encoding (pictures|captions) \d+/\d+", line)
+        for line in view
+    )
+    assert "encoded" in seen and "Generating lock file" not in seen  # what stages say goes by, DVC's own talk does not

@@ -119,6 +119,20 @@ def test_masks_of_concepts_do_not_meet_each_others_pictures(folder: Path) -> Non
     assert found["one/a.png"].mask.path == "own/a.png" and found["two/a.png"].mask is None
 
 
+def test_masks_beside_their_pictures(folder: Path) -> None:
+    for place, name in enumerate(("a.jpg", "b.png", "c.png")):
+        put(folder, name, noise(40, 40, place))
+    for name in ("a.mask.png", "b-masklabel.png"):
+        Image.new("L", (40, 40), 50).save(folder / name)
+    prepared = run(folder, masks="sidecar", max_rejected=1)
+    assert {s.path: s.mask.path for s in prepared.manifest.samples} == {"a.jpg": "a.mask.png", "b.png": "b-masklabel.png"}
+    assert [(r.path, r.reason) for r in prepared.rejects] == [("c.png", "has no mask beside it")]
+    assert {r.path for r in run(folder, max_rejected=9).rejects} == {
+        "a.mask.png",
+        "b-masklabel.png",
+    }  # pictures without a caption
+
+
 def test_masks_outside_the_dataset_are_not_read(folder: Path, tmp_path: Path) -> None:
     put(folder, "a.png", noise(40, 40))
     (tmp_path / "outside").mkdir()

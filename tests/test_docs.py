@@ -64,7 +64,7 @@ def place(block: Block) -> str:
     return f"{block.page}:{block.line}"
 
 
-SHELL, SETTINGS = blocks("sh"), blocks("yaml")
+SHELL, SETTINGS = blocks("sh"), [b for b in blocks("yaml") if b.mark != "of dvc.yaml"]
 
 
 def command_of(words: list[str]) -> tuple[Any, list[str], list[str]]:

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import hub as stand_in
@@ -21,19 +20,6 @@ ROOT = Path(__file__).parent.parent
 CATS = "hf://someone/cats"
 FIRST = {"metadata.csv": b"file_name,text\na.png,a cat\n", "images/a.png": b"not really a picture", ".gitattributes": b"x"}
 SECOND = {**FIRST, "images/b.png": b"another", "metadata.csv": b"file_name,text\nimages/a.png,a cat\n"}
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[stand_in.Hub]:
-    import huggingface_hub.constants as constants
-
-    with stand_in.serve() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}", raising=True
-        )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        yield hub
 
 
 @pytest.fixture

@@ -92,6 +92,7 @@ def test_the_page_holds_everything_and_nothing_from_elsewhere(judged: Project) -
     lineage = json.loads(judged.path("dist/adapter/lineage.json").read_text())
     assert all(value in page for value in lineage.values())
     assert "train.learning_rate" in page and "On the way" in page
+    assert page.count("(seed 0)") == page.count("(seed 1)") == 2
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium: apt-get install chromium")
@@ -131,7 +132,7 @@ def test_the_page_in_a_browser(judged: Project, tmp_path: Path) -> None:
     title = re.search(r"<title>(.*?)</title>", done.stdout, re.S)
     assert title, done.stderr
     found = json.loads(title[1].replace("&quot;", '"'))
-    assert found == {"failed": 0, "moved": 2, "same": 2, "shown": "0", "count": 2, "wide": False}, found
+    assert found == {"failed": 0, "moved": 4, "same": 4, "shown": "0", "count": 4, "wide": False}, found
     assert "CONSOLE" not in done.stderr, done.stderr
 
 
@@ -155,7 +156,7 @@ def test_the_gate_against_a_commit_and_what_changed_since(judged: Project) -> No
     assert done.returncode == 2 and "no-such-commit" in done.stderr
 
 
-def test_what_passed_is_registered_once_loads_and_is_served(judged: Project) -> None:
+def test_what_passed_is_registered_once_loads_and_is_served(judged: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     """MLflow's own loader and its own server; the picture is the one that the adapter draws."""
     judged.set("tracking", enabled=True)
     done = judged.cli("sync")
@@ -165,7 +166,7 @@ def test_what_passed_is_registered_once_loads_and_is_served(judged: Project) -> 
     client = MlflowClient(tracking_uri=store)
     assert client.get_model_version_by_alias("tiny", "champion").version in (1, "1")
     assert list(judged.path("mlruns/artifacts").rglob("index.html"))  # the page
-    mlflow.set_tracking_uri(store)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     model = mlflow.pyfunc.load_model("models:/tiny@champion")
     rows = pd.DataFrame({"prompt": ["zyx, a red circle"], "seed": [0]})
     drawn = Image.open(io.BytesIO(base64.b64decode(model.predict(rows)[0])))

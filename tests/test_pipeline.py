@@ -172,12 +172,17 @@ def test_status_and_dry_run_say_why(project: Project) -> None:
     project.set("train", learning_rate=0.02)
     project.set("validate", seeds=[1])
     (project.path("data") / "extra.txt").write_text("x")
+    caption = sorted(project.path("data").glob("*.txt"))[0]
+    written = caption.read_text()
+    caption.write_text("another")
     try:
         told = project.cli("status").stdout
         dry = project.cli("run", "--dry-run", "--set", "lora.rank=3").stdout
     finally:
         (project.path("data") / "extra.txt").unlink()
-    assert "prepare-dataset: data modified" in told
+        caption.write_text(written)
+    assert "prepare-dataset: 2 changes\n" in told
+    assert "  data/extra.txt added" in told and f"  data/{caption.name} edited" in told
     assert "  train.learning_rate 0.01 → 0.02" in told and "  after precompute-latents-and-embeddings" in told
     assert "  validate.seeds [0] → [1]" in told or "  validate.seeds (unset) → [1]" in told
     assert "  lora.rank 2 → 3" in dry and project.params()["lora"]["rank"] == 2

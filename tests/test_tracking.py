@@ -63,6 +63,7 @@ def test_one_run_an_adapter_with_children_curves_and_artifacts(built: Project) -
     parent = found["train-lora"][0]
     client = MlflowClient(tracking_uri=store(built))
     assert parent.data.params["train.learning_rate"] == "0.01" and parent.data.params["lora.rank"] == "2"
+    assert parent.data.params["dataset.resolution"] == "32" and parent.data.params["encode.dtype"] == "float32"
     assert [m.step for m in client.get_metric_history(parent.info.run_id, "loss")] == list(range(6))
     assert {"learning_rate", "grad_norm", "steps_per_second", "peak_memory_mib", "final_loss"} <= set(parent.data.metrics)
     assert parent.info.status == "FINISHED"
@@ -147,7 +148,7 @@ def test_a_server_that_is_down_costs_seconds_and_sync_fills_the_gap(project: Pro
     tracked(project, uri=down)
     done = project.cli("run")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "does not answer" in done.stdout and "`python cli.py sync` fills the gap later" in done.stdout
+    assert "does not answer" in done.stdout and "`reprolora sync` fills the gap later" in done.stdout
     failed = project.cli("sync")
     assert failed.returncode == 2 and f"the MLflow server {down} does not answer" in failed.stderr
     filled = project.cli("sync", MLFLOW_TRACKING_URI=server)

@@ -25,6 +25,7 @@ from pipeline.errors import UserError
 from pipeline.progress import progress
 
 _LISTED = 10  # rejects named in a message; the rest stand in the file
+_SIDECAR_MASKS = (".mask", "-masklabel")  # cat.mask.png, or OneTrainer's cat-masklabel.png, beside cat.jpg
 _AHEAD = 64  # pictures in memory at most, however many there are
 T = TypeVar("T")
 R = TypeVar("R")
@@ -170,23 +171,31 @@ def scan_concepts(
         own = _as_concept(settings, concept)
         scan = source_of(place, own).scan(place, own, unpacked, check_stop)
         masks = concept.masks or settings.masks
-        mask_folder = None if masks in (None, "alpha") else (folder / str(masks)).resolve()
+        beside = masks == "sidecar"
+        mask_folder = None if masks in (None, "alpha", "sidecar") else (folder / str(masks)).resolve()
         if mask_folder and not (mask_folder.is_dir() and mask_folder.is_relative_to(folder.resolve())):
-            raise UserError(f"dataset.masks: {mask_folder} is no folder in {folder}: give `alpha`, or a folder in dataset.path")
+            raise UserError(
+                f"dataset.masks: {mask_folder} is no folder in {folder}: give `alpha`, `sidecar`, or a folder in dataset.path"
+            )
         for found in scan.found:
             file = (unpacked if found.unpacked else place) / found.path
-            if mask_folder and file.resolve().is_relative_to(mask_folder):
+            if (mask_folder and file.resolve().is_relative_to(mask_folder)) or (beside and _is_sidecar_mask(file.name)):
                 continue  # a mask, which the source took for a picture
             path = found.path if found.unpacked else prefix + found.path
             # a concept's own masks go by the names in it, those of the whole dataset by the names in that
             mask = _mask_of(mask_folder, found.path if concept.masks else path) if mask_folder else None
+            mask = _mask_beside(file) if beside else mask
             if mask and not is_inside(mask, folder):
                 rejects.append(Reject(path, f"has a mask that is a link out of the dataset's folder: {masks}"))
                 continue
-            no_mask = f"has no mask in {masks}" if mask_folder and not mask else ""
+            no_mask = ""
+            if not mask and (mask_folder or beside):
+                no_mask = f"has no mask {'beside it' if beside else f'in {masks}'}"
             items.append(Item(replace(found, path=path), concept, file, mask, no_mask))
         for reject in scan.rejects:
-            if not (mask_folder and (place / reject.path).is_relative_to(mask_folder)):
+            if not (mask_folder and (place / reject.path).is_relative_to(mask_folder)) and not (
+                beside and _is_sidecar_mask(reject.path)
+            ):
                 rejects.append(Reject(prefix + reject.path, reject.reason))
     if settings.concepts:
         covered = {place.relative_to(folder.resolve()).as_posix() + "/" for place in places}
@@ -210,7 +219,10 @@ def _as_concept(settings: Dataset, concept: Concept) -> Dataset:
 
 
 def _is_mask(name: str, folder: Path, settings: Dataset) -> bool:
-    folders = [m for m in (settings.masks, *(c.masks for c in settings.concepts)) if m and m != "alpha"]
+    told = [m for m in (settings.masks, *(c.masks for c in settings.concepts)) if m and m != "alpha"]
+    if "sidecar" in told and _is_sidecar_mask(name):
+        return True
+    folders = [m for m in told if m != "sidecar"]
     return any((folder / name).resolve().is_relative_to((folder / masks).resolve()) for masks in folders)
 
 
@@ -227,6 +239,15 @@ def _mask_of(folder: Path, path: str) -> Path | None:
     """The mask with the picture's relative name, whatever its ending."""
     stem = folder / Path(path).with_suffix("")
     candidates = (stem.with_name(stem.name + ending) for ending in IMAGE_EXTENSIONS)
+    return next((c for c in candidates if c.is_file()), None)
+
+
+def _is_sidecar_mask(name: str) -> bool:
+    return is_image(name) and Path(name).stem.endswith(_SIDECAR_MASKS)
+
+
+def _mask_beside(file: Path) -> Path | None:
+    candidates = (file.with_name(file.stem + mark + ending) for mark in _SIDECAR_MASKS for ending in IMAGE_EXTENSIONS)
     return next((c for c in candidates if c.is_file()), None)
 
 

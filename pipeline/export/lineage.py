@@ -11,7 +11,7 @@ from pipeline.config import Params
 from pipeline.errors import UserError
 from pipeline.files import hash_file, hash_json
 from pipeline.model_source import ModelSource, pin_of, resolve
-from pipeline.stage import declared
+from pipeline.stage import code_files
 from pipeline.workspace import ADAPTER, DATASET, ENCODED, Workspace
 
 LINKS = ("dataset", "encodings", "params", "base", "sources", "weights")
@@ -55,8 +55,8 @@ def settings_hash(sections: dict[str, Any]) -> str:
 
 def sources_hash(workspace: Workspace) -> str:
     """sha256 over the code that `dvc.yaml` lists for the stages from the pictures to the file: names and bytes."""
-    code = {dep for stage in _MAKERS for dep in declared(workspace, stage).deps if dep.startswith(("pipeline/", "stages/"))}
-    return hash_json({dep: hash_file(workspace.root / dep) for dep in sorted(code)})
+    code = {dep: path for stage in _MAKERS for dep, path in code_files(workspace, stage).items()}
+    return hash_json({dep: hash_file(path) for dep, path in code.items()})
 
 
 def revision_of(source: ModelSource, root: Path) -> str:

@@ -49,7 +49,7 @@ def differences(workspace: Workspace, revision: str) -> tuple[list[Difference], 
         params.append(Difference(what, before, after))
     path = workspace.root / VALIDATE_REPORT / "metrics.json"
     if not path.is_file():
-        raise UserError(f"{VALIDATE_REPORT}/metrics.json is missing: `python cli.py run` makes it")
+        raise UserError(f"{VALIDATE_REPORT}/metrics.json is missing: `reprolora run` makes it")
     old, new = metrics_at(workspace, revision), json.loads(path.read_text(encoding="utf-8"))
     metrics = []
     for name in dict.fromkeys([*DEFINITIONS, *old, *new]):

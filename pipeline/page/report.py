@@ -4,6 +4,7 @@ says of the last commit changes without any input changing."""
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import subprocess
 from pathlib import Path
@@ -43,7 +44,7 @@ def write_page(workspace: Workspace) -> Path:
     root = workspace.root
     missing = [str(p) for p in (DATASET_REPORT, TRAIN_REPORT, VALIDATE_REPORT, DIST) if not (root / p).is_dir()]
     if missing:
-        raise UserError(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: `python cli.py run` makes them")
+        raise UserError(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: `reprolora run` makes them")
     write_text(root / PAGE, render("report.html.jinja", **_facts(workspace, load_params(workspace.params))))
     return root / PAGE
 
@@ -54,16 +55,16 @@ def _facts(workspace: Workspace, params: Params) -> dict[str, Any]:
     metrics, gate = _json(root / VALIDATE_REPORT / "metrics.json"), _json(root / DIST / "gate.json")
     summary = _json(root / DATASET_REPORT / "summary.json")
     asked, spec = validation["settings"], training["lora"]
-    scales = [0.0, *asked["scales"]]
+    scales, samples = [0.0, *asked["scales"]], root / VALIDATE_REPORT / "samples"
     shots = [
         {
             "prompt": prompt,
-            "seed": asked["seeds"][0],
-            "pictures": [picture(root / VALIDATE_REPORT / "samples" / _name(prompt, asked, scale)) for scale in scales],
+            "seed": seed,
+            "pictures": [picture(samples / Shot(prompt, seed, scale).file_name) for scale in scales],
         }
-        for prompt in asked["prompts"][:_SHOTS]
+        for prompt, seed in list(itertools.product(asked["prompts"], asked["seeds"]))[:_SHOTS]
     ]
-    side = Image.open(root / VALIDATE_REPORT / "samples" / _name(asked["prompts"][0], asked, 0.0)).width
+    side = Image.open(samples / Shot(asked["prompts"][0], asked["seeds"][0], 0.0).file_name).width
     return {
         "title": params.export.title or params.export.name,
         "description": params.export.description,
@@ -155,10 +156,6 @@ def _since_the_last_commit(workspace: Workspace, params: Params, metrics: dict[s
         if name in before and number(before[name]) != number(value):
             changes.append({"what": name, "then": number(before[name]), "now": number(value)})
     return changes
-
-
-def _name(prompt: str, asked: dict[str, Any], scale: float) -> str:
-    return Shot(prompt, asked["seeds"][0], scale).file_name
 
 
 def _optional(path: Path) -> str | None:
