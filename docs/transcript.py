@@ -69,7 +69,9 @@ def main() -> None:
         )
         if done.returncode:
             sys.exit(f"{done.stdout}\nexit {done.returncode}")
-        (HERE / "transcript.md").write_text(_page(done.stdout.replace(str(home), "~")), encoding="utf-8")
+        (HERE / "transcript.md").write_text(
+            _page(done.stdout.replace(str(home), "~"), fetched=not arguments.packages), encoding="utf-8"
+        )
 
 
 def _script(packages: Path | None) -> str:
@@ -95,8 +97,10 @@ def _environment() -> dict[str, str]:
     return {**kept, **who, "COLUMNS": "110", "TERM": "dumb", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "OMP_WAIT_POLICY": "passive"}
 
 
-def _page(output: str) -> str:
-    head = "# A first project\n\nFrom the wheel to a picture, as a terminal shows it; recorded by `docs/transcript.py` on two cores without a GPU.\n"
+def _page(output: str, fetched: bool) -> str:
+    packages = "" if fetched else "; what the wheel depends on was there already"
+    told = f"From the wheel to a picture, as a terminal shows it; recorded by `docs/transcript.py` on a CPU{packages}."
+    head = f"# A first project\n\n{told}\n"
     parts = [
         f"\n## {title}\n\n```console\n{text.rstrip()}\n```\n"
         for (title, _), text in zip(SECTIONS, output.split(_NEXT), strict=True)
