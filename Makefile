@@ -19,8 +19,8 @@ test-extras: .venv/ready
 	test -x .venv-extras/bin/python || $(PYTHON) -m venv --system-site-packages .venv-extras
 	echo "$(CURDIR)/$$(echo .venv/lib/python*/site-packages)" > $$(echo .venv-extras/lib/python*/site-packages)/base.pth
 	.venv-extras/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt bitsandbytes gradio tensorboard wandb \
-		dvc-s3 'moto[server]'
-	.venv-extras/bin/python -m pytest tests/test_bases.py tests/test_play.py tests/test_boards.py tests/test_share_s3.py
+		dvc-s3 'moto[server]' optuna
+	.venv-extras/bin/python -m pytest tests/test_bases.py tests/test_play.py tests/test_boards.py tests/test_share_s3.py tests/test_search.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .

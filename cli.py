@@ -171,9 +171,15 @@ def import_config(
 
 @app.command()
 def sweep(
-    set_: Annotated[list[str], typer.Option("--set", metavar="KEY=A,B,...", help="Values to try; several make a grid.")],
+    set_: Annotated[
+        list[str],
+        typer.Option("--set", metavar="KEY=A,B,...", help="Values to try; several make a grid. LOW..HIGH with --search."),
+    ],
     metric: Annotated[str, typer.Option(help="What the best is best by (docs/metrics.md).")] = "held_out_loss_ratio",
     jobs: Annotated[int, typer.Option("-j", "--jobs", min=1, help="Experiments at once.")] = 1,
+    search: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="N trials that Optuna proposes, instead of a grid (extra: search).")
+    ] = None,
 ) -> None:
     """Try combinations of settings, a DVC experiment each; the best first. A sweep that was cut off goes on."""
     from rich.console import Console
@@ -181,12 +187,13 @@ def sweep(
     from rich.table import Table
 
     from pipeline.page.html import number
+    from pipeline.search import search as run_proposed
     from pipeline.sweep import sweep as run_all
     from pipeline.sweep import write_sweep
     from pipeline.workspace import Workspace
 
     workspace = Workspace.here()
-    trials = run_all(workspace, set_, metric, jobs)
+    trials = run_proposed(workspace, set_, metric, jobs, search) if search else run_all(workspace, set_, metric, jobs)
     table = Table("settings", metric, "experiment", box=None, pad_edge=False)
     for trial in trials:
         value = number(trial.metrics.get(metric)) if trial.metrics else "failed"

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -32,6 +31,7 @@ from pipeline.base_model import base_source
 from pipeline.config import Params, load_params
 from pipeline.errors import AlreadyRunning, Interrupted, UserError
 from pipeline.files import hash_file, hash_json, hash_tree
+from pipeline.lock import held
 from pipeline.model_source import ModelSource, pin_of
 from pipeline.progress import say
 from pipeline.sources import CODE_JSON, confirmed, is_source, source_files
@@ -136,7 +136,7 @@ def run_stage(name: str, body: Callable[[Stage], None], after: Callable[[Stage],
         before = snapshot(workspace, declaration, params)
         work = workspace.work / name / before.fingerprint
         work.mkdir(parents=True, exist_ok=True)
-        with _lock(work, name):
+        with held(work / "lock", f"{name} is already running with these settings"):
             if os.environ.get("REPROLORA_FORCE") == "1":
                 _empty(work)
             shutil.rmtree(work / "outs", ignore_errors=True)
@@ -276,24 +276,6 @@ def _empty(work: Path) -> None:
     for path in work.iterdir():
         if path.name != "lock":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-@contextmanager
-def _lock(work: Path, name: str) -> Iterator[None]:
-    """Hold the work directory; the kernel lets go when the process ends, however it ends."""
-    with (work / "lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise AlreadyRunning(
-                f"{name} is already running with these settings (pid {file.read().strip() or 'unknown'}): wait for it, or stop it first"
-            ) from None
-        file.seek(0)
-        file.truncate()
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
 
 
 @contextmanager

@@ -10,10 +10,10 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ruamel.yaml import YAML
 
@@ -40,20 +40,37 @@ class Trial:
     metrics: dict[str, float | None]  # empty: it failed
 
 
+def parse(assignment: str) -> tuple[str, str]:
+    """`section.key=values` -> the key and the text of the values.
+
+    Raises:
+        UserError: it is not of that form.
+    """
+    key, equals, text = assignment.partition("=")
+    if not equals or "." not in key or not text:
+        raise UserError(f"--set {assignment}: expected section.key=value,value, as in --set lora.rank=4,8,16")
+    return key, text
+
+
+def values(text: str) -> list[Any]:
+    """`4,8` -> the two numbers. A value that holds a comma is written as YAML: `[a, b]`."""
+    loaded: list[Any] = YAML(typ="safe").load(f"[{text}]")
+    return loaded
+
+
+def setting(key: str, value: Any) -> str:
+    """As `--set` and DVC's `--set-param` read it."""
+    return f"{key}={json.dumps(value, ensure_ascii=False)}"
+
+
 def combinations(assignments: list[str]) -> list[tuple[str, ...]]:
-    """`lora.rank=4,8` and `train.seed=0,1` -> the four combinations. A value that holds a comma is written as YAML: `[a, b]`.
+    """`lora.rank=4,8` and `train.seed=0,1` -> the four combinations.
 
     Raises:
         UserError: an assignment is none.
     """
-    axes = []
-    for assignment in assignments:
-        key, equals, text = assignment.partition("=")
-        if not equals or "." not in key or not text:
-            raise UserError(f"--set {assignment}: expected section.key=value,value, as in --set lora.rank=4,8,16")
-        values = YAML(typ="safe").load(f"[{text}]")
-        axes.append([f"{key}={json.dumps(value, ensure_ascii=False)}" for value in values])
-    return list(itertools.product(*axes))
+    parsed = [parse(assignment) for assignment in assignments]
+    return list(itertools.product(*([setting(key, value) for value in values(text)] for key, text in parsed)))
 
 
 def sweep(workspace: Workspace, assignments: list[str], metric: str, jobs: int) -> list[Trial]:
@@ -66,13 +83,47 @@ def sweep(workspace: Workspace, assignments: list[str], metric: str, jobs: int) 
     Raises:
         UserError: an unknown metric or value, or a project without a commit.
     """
+    refuse_unmeasured(workspace, metric)
+    trials = combinations(assignments)
+    for changes in trials:
+        preview_values(workspace, list(changes))  # refuses what is not allowed, before anything runs
+    head = commit_to_start_from(workspace)
+    names = {changes: name_of(head, changes) for changes in trials}
+    there = set(known(workspace))
+    todo = [changes for changes in trials if names[changes] not in there]
+    say(f"{len(trials)} combinations, {len(trials) - len(todo)} of them are there already")
+    group = group_of(head, assignments)
+
+    def run(changes: tuple[str, ...]) -> None:
+        experiment(workspace, changes, names[changes], group)
+
+    for changes in todo[:1]:  # alone: it makes what all share, and MLflow's store
+        run(changes)
+    with ThreadPoolExecutor(max_workers=jobs) as pool:
+        list(pool.map(run, todo[1:]))
+    for changes in [c for c in todo if not metrics_of(workspace, names[c])] if jobs > 1 else []:
+        run(changes)  # two that share a stage get in each other's way: what fell over runs once more, alone
+    return best_first([Trial(names[c], c, metrics_of(workspace, names[c])) for c in trials], metric)
+
+
+def refuse_unmeasured(workspace: Workspace, metric: str) -> None:
+    """Say what is wrong with a metric to be best by.
+
+    Raises:
+        UserError: there is none of that name, it has no better side, or it is not measured here.
+    """
     if metric not in DEFINITIONS or DEFINITIONS[metric].better == "neither":
         raise UserError(f"--metric {metric}: there are {', '.join(n for n, d in DEFINITIONS.items() if d.better != 'neither')}")
     if fault := load_params(workspace.params).unmeasured(metric):
         raise UserError(f"--metric {metric}: it is not measured, since {fault}")
-    trials = combinations(assignments)
-    for changes in trials:
-        preview_values(workspace, list(changes))  # refuses what is not allowed, before anything runs
+
+
+def commit_to_start_from(workspace: Workspace) -> str:
+    """The present commit, with code.json in step with the installed code.
+
+    Raises:
+        UserError: there is none, or files differ from it.
+    """
     for line in renew(workspace.root):
         say(line)
     head = _git(workspace, "rev-parse", "HEAD")
@@ -82,49 +133,44 @@ def sweep(workspace: Workspace, assignments: list[str], metric: str, jobs: int) 
         raise UserError(
             "there are changes that are not committed, and experiments start from the commit: commit or stash them first"
         )
-    names = {changes: f"sweep-{hash_json([head, list(changes)])[:10]}" for changes in trials}
-    known = set(_known(workspace))
-    todo = [changes for changes in trials if names[changes] not in known]
-    say(f"{len(trials)} combinations, {len(trials) - len(todo)} of them are there already")
-    # the first alone: it makes what all share, and MLflow's store
-    group = hash_json([head, sorted(assignments)])[:10]
-    lock = threading.Lock()
+    return head
 
-    def run(changes: tuple[str, ...]) -> None:
-        with lock:
-            say(f"  {', '.join(changes)}")
-        _experiment(workspace, changes, names[changes], group)
 
-    for changes in todo[:1]:
-        run(changes)
-    with ThreadPoolExecutor(max_workers=jobs) as pool:
-        list(pool.map(run, todo[1:]))
-    for changes in [c for c in todo if not _metrics(workspace, names[c])] if jobs > 1 else []:
-        run(changes)  # two that share a stage get in each other's way: what fell over runs once more, alone
-    found = [Trial(names[changes], changes, _metrics(workspace, names[changes])) for changes in trials]
+def name_of(head: str, changes: tuple[str, ...]) -> str:
+    """An experiment's name: of its commit and settings."""
+    return f"sweep-{hash_json([head, list(changes)])[:10]}"
+
+
+def group_of(head: str, assignments: list[str]) -> str:
+    """What MLflow's runs of one sweep are tagged with."""
+    return hash_json([head, sorted(assignments)])[:10]
+
+
+def best_first(trials: list[Trial], metric: str) -> list[Trial]:
+    """Sorted by the metric's better side; what has no value comes last."""
     lower = DEFINITIONS[metric].better == "lower"
 
     def place(trial: Trial) -> tuple[bool, float]:
         value = trial.metrics.get(metric)
         return (value is None, 0.0 if value is None else value if lower else -value)
 
-    return sorted(found, key=place)
+    return sorted(trials, key=place)
 
 
 def write_sweep(workspace: Workspace, trials: list[Trial], metric: str) -> Path:
     """Write `reports/sweep.html`: the table, and the grid of each, the best first."""
     shown = [t for t in trials if t.metrics]
     names = [metric, *(n for n in ("held_out_loss_ratio", "overfitting_gap", "clip_score", "style_shift") if n != metric)]
-    values = [t.metrics.get(metric) or 0.0 for t in shown]
+    heights = [t.metrics.get(metric) or 0.0 for t in shown]
     rows = [
         {
             "name": t.name,
             "changes": t.changes,
             "cells": [number(t.metrics[n]) if n in t.metrics else "–" for n in names],
-            "share": round(100 * abs(value) / max(map(abs, values))) if any(values) else 0,
+            "share": round(100 * abs(value) / max(map(abs, heights))) if any(heights) else 0,
             "grid": picture(bytes_at(workspace, t.name, f"{VALIDATE_REPORT}/before-after.png"), 900),
         }
-        for t, value in zip(shown, values, strict=True)
+        for t, value in zip(shown, heights, strict=True)
     ]
     failed = [t for t in trials if not t.metrics]
     title = load_params(workspace.params).export.name
@@ -143,11 +189,13 @@ def apply(workspace: Workspace, name: str) -> None:
     if done.returncode:
         told = (done.stderr or done.stdout).strip().splitlines()
         raise UserError(
-            f"{name} could not be applied: {told[-1] if told else 'no reason given'}; there are: {', '.join(_known(workspace))}"
+            f"{name} could not be applied: {told[-1] if told else 'no reason given'}; there are: {', '.join(known(workspace))}"
         )
 
 
-def _experiment(workspace: Workspace, changes: tuple[str, ...], name: str, group: str) -> None:
+def experiment(workspace: Workspace, changes: tuple[str, ...], name: str, group: str) -> None:
+    """Run one; a failure is said, and its output kept."""
+    say(f"  {', '.join(changes)}")
     log = workspace.work / "sweeps" / f"{name}.log"
     settings = [part for change in changes for part in ("--set-param", change)]
     done = _dvc(workspace, {"REPROLORA_SWEEP": group}, "exp", "run", "--temp", "--name", name, *settings)
@@ -156,14 +204,16 @@ def _experiment(workspace: Workspace, changes: tuple[str, ...], name: str, group
         say(f"  {name} FAILED, and the others go on: {log}")
 
 
-def _metrics(workspace: Workspace, name: str) -> dict[str, float | None]:
+def metrics_of(workspace: Workspace, name: str) -> dict[str, float | None]:
+    """An experiment's; empty where there is no such experiment."""
     try:
         return metrics_at(workspace, name)
     except UserError:
         return {}
 
 
-def _known(workspace: Workspace) -> list[str]:
+def known(workspace: Workspace) -> list[str]:
+    """The names of all experiments."""
     listed = _dvc(workspace, {}, "exp", "list", "--all-commits", "--name-only").stdout.splitlines()
     return sorted(line.strip() for line in listed if line.strip())
 
@@ -171,7 +221,7 @@ def _known(workspace: Workspace) -> list[str]:
 def _dvc(workspace: Workspace, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     return subprocess.run(
-        [sys.executable, "-m", "dvc", *arguments],
+        [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments],  # a run beside may hold it for seconds
         cwd=workspace.root,
         env={**os.environ, "PATH": path, **environment},
         capture_output=True,

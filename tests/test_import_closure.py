@@ -34,6 +34,7 @@ COMMANDS = (
     "registered_model",
     "renew",
     "schema",
+    "search",
     "share",
     "studio",
     "summary",

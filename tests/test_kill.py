@@ -202,7 +202,7 @@ def test_a_second_runner_is_told_who_runs(project: Project) -> None:
     pid = trainer(project)
     second = project.cli("stage", "train-lora")
     assert second.returncode == 3
-    assert f"train-lora is already running with these settings (pid {pid})" in second.stderr
+    assert f"train-lora is already running with these settings (pid {pid}: cli.py stage train-lora)" in second.stderr
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(timeout=30)
 

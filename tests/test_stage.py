@@ -171,7 +171,7 @@ def test_one_at_a_time_and_the_lock_dies_with_its_holder(here: Path) -> None:
     holder = context.Process(target=hold, args=(str(here), ready))
     holder.start()
     assert ready.wait(60)
-    with pytest.raises(AlreadyRunning, match=rf"first is already running with these settings \(pid {holder.pid}\)"):
+    with pytest.raises(AlreadyRunning, match=rf"first is already running with these settings \(pid {holder.pid}: "):
         run_stage("first", body)
     write(here, learning_rate=0.3)  # other settings have another work directory
     run_stage("first", body)
