@@ -6,11 +6,14 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline.errors import EXIT_ALREADY_RUNNING, EXIT_INTERRUPTED, EXIT_USER_ERROR, AlreadyRunning, Interrupted, UserError
+
+if TYPE_CHECKING:
+    from pipeline.workspace import Workspace
 
 app = typer.Typer(
     help="Train a LoRA for Stable Diffusion as a reproducible build.",
@@ -40,13 +43,9 @@ def run(
     strict: Annotated[bool, typer.Option("--strict", help="Models that are not pinned are errors, as in CI.")] = False,
 ) -> None:
     """Bring the pipeline up to date: DVC runs the stages whose inputs changed."""
-    from pipeline import share
-    from pipeline.config import load_params
-    from pipeline.dataset.source import require_folder
-    from pipeline.dvc import reproduce
-    from pipeline.edit import preview_values, set_values
-    from pipeline.renew import renew
-    from pipeline.summary import print_status, print_summary
+    from pipeline.dvc import sole_run
+    from pipeline.edit import preview_values
+    from pipeline.summary import print_status
     from pipeline.workspace import Workspace
 
     workspace = Workspace.here()
@@ -54,12 +53,25 @@ def run(
     if dry_run:
         print_status(workspace, up_to=stage, pending=preview_values(workspace, set_ or []))
         return
-    for change in set_values(workspace, set_ or []):
+    if strict:
+        os.environ["REPROLORA_STRICT"] = "1"
+    with sole_run(workspace):
+        _run(workspace, stage, set_ or [], force, pull, push)
+
+
+def _run(workspace: Workspace, stage: str | None, assignments: list[str], force: bool, pull: bool, push: bool) -> None:
+    from pipeline import share
+    from pipeline.config import load_params
+    from pipeline.dataset.source import require_folder
+    from pipeline.dvc import reproduce
+    from pipeline.edit import set_values
+    from pipeline.renew import renew
+    from pipeline.summary import print_summary
+
+    for change in set_values(workspace, assignments):
         typer.echo(f"params.yaml: {change}")
     for line in renew(workspace.root):
         typer.echo(line)
-    if strict:
-        os.environ["REPROLORA_STRICT"] = "1"
     fetched = share.pull(workspace) if pull else False
     require_folder(workspace.root / load_params(workspace.params).dataset.path)
     code, outcomes = reproduce(workspace, stage, force, fetched)
@@ -209,10 +221,13 @@ def sweep(
 @app.command()
 def apply(experiment: Annotated[str, typer.Argument(help="As the sweep's table names it.")]) -> None:
     """Bring an experiment's settings and results into the workspace."""
+    from pipeline.dvc import sole_run
     from pipeline.sweep import apply as take_over
     from pipeline.workspace import Workspace
 
-    take_over(Workspace.here(), experiment)
+    workspace = Workspace.here()
+    with sole_run(workspace):
+        take_over(workspace, experiment)
     typer.echo(f"{experiment} is applied: `reprolora run` brings the rest up to date")
 
 

@@ -23,6 +23,7 @@ from ruamel.yaml import YAML
 from pipeline import live
 from pipeline.errors import UserError
 from pipeline.files import hash_file, hash_tree
+from pipeline.lock import held, refusal
 from pipeline.sources import CODE_JSON, hash_of
 from pipeline.stage import Declaration, declared, value_changes
 from pipeline.workspace import DATASET, Workspace
@@ -53,7 +54,11 @@ def reproduce(workspace: Workspace, stage: str | None, force: bool, pull: bool =
 
     Args:
         pull: let DVC fetch what its run cache knows and its cache lacks.
+
+    Raises:
+        AlreadyRunning: a `dvc repro` works here.
     """
+    _refuse_beside_dvc(workspace)
     run = uuid.uuid4().hex[:12]
     environment = {**_environment(), "REPROLORA_RUN": run} | ({"REPROLORA_FORCE": "1"} if force else {})
     before, complete = _locked(workspace), {n: _outs_exist(workspace, d) for n, d in declarations(workspace).items()}
@@ -61,6 +66,7 @@ def reproduce(workspace: Workspace, stage: str | None, force: bool, pull: bool =
         sys.executable,
         "-m",
         "dvc",
+        "--wait-for-lock",  # else whoever holds it for more than three seconds when a stage ends makes DVC throw the result away
         "repro",
         *(["--force"] if force else []),
         *(["--pull"] if pull else []),
@@ -68,6 +74,8 @@ def reproduce(workspace: Workspace, stage: str | None, force: bool, pull: bool =
     ]
     code, interrupted = _wait_for(command, workspace, environment, _up_to(list(complete), stage))
     executed = {e["stage"]: e for e in journal(workspace) if e["run"] == run}
+    if code and not executed:
+        _refuse_beside_dvc(workspace)  # it came between
     after, wanted = _locked(workspace), _up_to(list(complete), stage)
     broken = [name for name, entry in executed.items() if entry["outcome"] != "done"]
     lost = wanted.index(broken[0]) if broken else 0 if code else len(wanted)  # from here on nothing was reached
@@ -125,9 +133,10 @@ def status(workspace: Workspace, pending: Sequence[str] = ()) -> list[StageStatu
 
     Raises:
         UserError: DVC cannot tell.
+        AlreadyRunning: since a stage runs.
     """
     done = subprocess.run(
-        [sys.executable, "-m", "dvc", "status", "--json"],
+        [sys.executable, "-m", "dvc", "--wait-for-lock", "status", "--json"],
         cwd=workspace.root,
         env=_environment(),
         capture_output=True,
@@ -137,6 +146,8 @@ def status(workspace: Workspace, pending: Sequence[str] = ()) -> list[StageStatu
     try:
         changed: dict[str, list[Any]] = json.loads(done.stdout)
     except json.JSONDecodeError:
+        with sole_run(workspace):  # where somebody runs, say who
+            _refuse_beside_dvc(workspace)
         raise UserError(f"dvc status failed: {(done.stderr or done.stdout).strip()}") from None
     lasting = {e["stage"]: e["seconds"] for e in journal(workspace) if e["outcome"] == "done"}
     locked, current = _locked(workspace), _yaml(workspace.params)
@@ -154,6 +165,40 @@ def status(workspace: Workspace, pending: Sequence[str] = ()) -> list[StageStatu
         producer |= dict.fromkeys(declaration.outs, name)
         statuses.append(StageStatus(name, tuple(reasons), lasting.get(name)))
     return statuses
+
+
+@contextlib.contextmanager
+def sole_run(workspace: Workspace) -> Iterator[None]:
+    """Hold the project: two runs would delete each other's outs, and change params.yaml under each other.
+
+    Raises:
+        AlreadyRunning: another run holds it.
+    """
+    with held(workspace.work / "run.lock", "this project is already running"):
+        yield
+
+
+def _refuse_beside_dvc(workspace: Workspace) -> None:
+    """Tell a bare `dvc repro` by what DVC notes of the outs that it is about to write: else it would be DVC's error, and exit 1."""
+    note = workspace.root / ".dvc" / "tmp" / "rwlock"
+    writers: dict[str, dict[str, Any]] = {}
+    with contextlib.suppress(OSError, json.JSONDecodeError):  # none, or half written
+        writers = json.loads(note.read_text(encoding="utf-8")).get("write", {})
+    for writer in writers.values():
+        if _lives(writer["pid"]):
+            program, *arguments = writer["cmd"].split(" ")
+            what = " ".join(["dvc" if "dvc" in program else program, *arguments])
+            raise refusal("this project is already running", f"{writer['pid']}: {what}")
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def declarations(workspace: Workspace) -> dict[str, Declaration]:

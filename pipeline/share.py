@@ -66,7 +66,7 @@ def _require_remote(workspace: Workspace) -> None:
 
 def _dvc(workspace: Workspace, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "dvc", *arguments],
+        [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments],
         cwd=workspace.root,
         env=dict(os.environ),
         capture_output=True,
