@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
@@ -15,6 +16,7 @@ from pipeline.config import Dataset, Params, load_params
 from pipeline.dataset.prepare import scan_concepts
 from pipeline.edit import set_values
 from pipeline.errors import UserError
+from pipeline.estimate import disk_line, memory_line, steps_line, time_line
 from pipeline.model_source import ModelSource, pin_of, resolve
 from pipeline.progress import say
 from pipeline.renew import told_of_code
@@ -43,6 +45,7 @@ def check_all(workspace: Workspace) -> bool:
         if named:
             source = ModelSource(named, revision)
             checks.append((title, lambda source=source, key=key: _model(workspace, source, key)))  # type: ignore[misc]
+    checks += _estimates(workspace, params)
     fine = True
     for title, look in checks:
         try:
@@ -51,6 +54,31 @@ def check_all(workspace: Workspace) -> bool:
             fine = False
             say(f"  FAULT  {title:<12} {error}")
     return fine
+
+
+def _estimates(workspace: Workspace, params: Params) -> list[tuple[str, Callable[[], str]]]:
+    """What the run will take; each stands alone, so that a fault in the pictures or the base is told once, above."""
+    pictures = _count(workspace, params.dataset)
+    if not pictures:
+        return []
+    from pipeline.families import family  # with torch
+
+    base = workspace.root / params.model.base
+    if not base.is_dir():
+        with contextlib.suppress(UserError):
+            base = resolve(base_source(params.model), workspace.root, "model.base").path
+    return [
+        ("steps", lambda: steps_line(params, pictures)),
+        ("time", lambda: time_line(workspace, params, pictures)),
+        ("memory", lambda: memory_line(params, base / family(params.model.family).denoiser_key)),
+        ("encodings", lambda: disk_line(params, base / "vae" / "config.json", pictures)),
+    ]
+
+
+def _count(workspace: Workspace, settings: Dataset) -> int:
+    with tempfile.TemporaryDirectory() as unpacked, contextlib.suppress(UserError):
+        return len(scan_concepts(workspace.root / settings.path, settings, Path(unpacked), lambda: None)[0])
+    return 0
 
 
 def pin_models(workspace: Workspace) -> list[str]:

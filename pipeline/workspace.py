@@ -63,6 +63,11 @@ class Workspace:
         return self.work / "journal.jsonl"
 
     @property
+    def pace(self) -> Path:
+        """How fast the last training here was; `check` estimates by it."""
+        return self.work / "pace.json"
+
+    @property
     def mlruns(self) -> Path:
         """The default MLflow store: a sqlite database with the artifacts beside it."""
         return self.home / "mlruns"

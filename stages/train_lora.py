@@ -29,6 +29,7 @@ def main(stage: Stage) -> None:
     if settings.schedule == "constant" and os.environ.get("REPROLORA_FORCE") != "1":
         kind = stage.snapshot.fingerprint_without("train", "steps", "epochs")
         adopt(stage.work, kind, steps_of(settings, Encodings(root / ENCODED)), settings.keep == "best")
+    done, start = len(read_curve(stage.work)), time.monotonic()
     with live_curves(stage) as observe:
         stop = _limited(stage, params.runtime.max_minutes)
         processes = processes_of(params.runtime)
@@ -38,6 +39,9 @@ def main(stage: Stage) -> None:
             trained = perform(params, root, stage.work, stop, stage.stop.check, observe)
     facts = trained.facts
     rows, held_out = read_curve(stage.work), read_held_out(stage.work)
+    if len(rows) > done:
+        pace = (time.monotonic() - start) / (len(rows) - done) / settings.batch_size
+        write_json(stage.workspace.pace, {"seconds_per_picture": pace, "resolution": params.dataset.resolution})
     write_safetensors(stage.out(ADAPTER) / "adapter.safetensors", trained.weights)
     write_json(
         stage.out(ADAPTER) / "training.json",

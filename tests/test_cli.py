@@ -85,8 +85,9 @@ def test_a_base_that_is_no_model(project: Project) -> None:
 def test_check_looks_at_everything_before_anything_runs(project: Project) -> None:
     done = project.cli("check")
     assert done.returncode == 0, done.stdout + done.stderr
-    for title in ("params.yaml", "project", "packages", "device", "disk", "pictures", "base", "CLIP"):
+    for title in ("params.yaml", "project", "packages", "device", "disk", "pictures", "base", "CLIP", "steps", "memory"):
         assert any(line.split()[:2] == ["ok", title] for line in done.stdout.splitlines()), title
+    assert "not known before a first training here" in done.stdout
     project.set("model", base="data")
     assert "FAULT  base         model.base: data is no model" in refused(project, "check")
 

@@ -16,6 +16,7 @@ COMMANDS = (
     "data",
     "dvc",
     "edit",
+    "estimate",
     "export/convert",
     "export/hub",
     "export/show",

@@ -1,0 +1,75 @@
+"""What a run will take, told by `check` before anything runs, and how each figure was come by."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from pipeline.config import Params
+from pipeline.workspace import Workspace
+
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_FROZEN = {"int8": 1.0, "nf4": 0.5, "bf16": 2.0, "fp16": 2.0, "no": 4.0}  # bytes of a weight of the frozen base in training
+
+
+def steps_line(params: Params, pictures: int) -> str:
+    """`450 steps of 8: each of 43 pictures some 84 times`. Repeats are not counted: captions are not read yet."""
+    steps, learnt = _length(params, pictures)
+    shown = steps * params.train.batch_size / learnt
+    return (
+        f"{steps:,} steps of {params.train.batch_size}: each of some {learnt} pictures to train on is shown {shown:.0f} times"
+    )
+
+
+def time_line(workspace: Workspace, params: Params, pictures: int) -> str:
+    """By the pace of the last training here, scaled by pictures and their area."""
+    if not workspace.pace.is_file():
+        return "not known before a first training here; the bar tells after its first steps"
+    told = json.loads(workspace.pace.read_text(encoding="utf-8"))
+    area = (params.dataset.resolution / told["resolution"]) ** 2
+    seconds = told["seconds_per_picture"] * _length(params, pictures)[0] * params.train.batch_size * area
+    span = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    return f"some {span} of training, by {told['seconds_per_picture']:.3g} s a picture in the last one here" + (
+        ", scaled by the pictures' area" if area != 1 else ""
+    )
+
+
+def memory_line(params: Params, denoiser: Path) -> str:
+    """The frozen denoiser's weights, counted from the headers of its files; a step's activations come on top and are not estimated."""
+    count = weights_in(denoiser)
+    if not count:
+        return "not known: the base is not one folder of safetensors"
+    kind = params.train.quantise_base or params.train.mixed_precision
+    weights = count * _FROZEN[kind] / 2**30
+    how = "in " + {"no": "float32"}.get(kind, kind)
+    return f"{weights:.2f} GiB for the denoiser's {count / 1e6:,.0f} million weights {how}; what a step needs comes on top"
+
+
+def disk_line(params: Params, vae_config: Path, pictures: int) -> str:
+    """Latents (mean and deviation) of all pictures, from the VAE's own geometry; captions come on top."""
+    if not vae_config.is_file():
+        return "not known: the base has no vae/config.json"
+    vae = json.loads(vae_config.read_text(encoding="utf-8"))
+    side = params.dataset.resolution / 2 ** (len(vae["block_out_channels"]) - 1)
+    each = 2 * vae["latent_channels"] * side**2 * _BYTES[params.encode.dtype] * (2 if params.encode.flip else 1)
+    total = each * pictures / 2**20
+    return (
+        f"{total:,.1f} MiB of latents for {pictures} pictures, twice: in .work/store and in DVC's cache; captions come on top"
+    )
+
+
+def _length(params: Params, pictures: int) -> tuple[int, int]:
+    """Steps, and pictures that are not held out."""
+    learnt = max(1, round(pictures * (1 - params.dataset.held_out_fraction)))
+    return params.train.steps or (params.train.epochs or 0) * math.ceil(learnt / params.train.batch_size), learnt
+
+
+def weights_in(folder: Path) -> int:
+    """Numbers in the tensors of a folder's files, by each file's header alone; a tensor of several variants counts once."""
+    found: dict[str, int] = {}
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        found |= {name: math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    return sum(found.values())

@@ -1,0 +1,45 @@
+"""What `check` foretells, against the models' own counts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from project import PARAMS
+
+from pipeline.config import Params
+from pipeline.estimate import disk_line, memory_line, steps_line, time_line, weights_in
+from pipeline.workspace import Workspace
+
+
+def params(**sections: dict) -> Params:
+    asked = {name: {**section, **sections.get(name, {})} for name, section in PARAMS.items()}
+    return Params.model_validate_json(json.dumps(asked))
+
+
+def test_weights_are_counted_from_the_headers(sd_folder: Path) -> None:
+    count = UNet2DConditionModel.from_pretrained(sd_folder / "unet").num_parameters()
+    assert weights_in(sd_folder / "unet") == count
+    assert memory_line(params(), sd_folder / "unet").startswith(f"{count * 4 / 2**30:.2f} GiB")
+    assert "not known" in memory_line(params(), sd_folder / "nothing")
+
+
+def test_latents_are_as_large_as_the_vae_makes_them(sd_folder: Path) -> None:
+    vae = AutoencoderKL.from_pretrained(sd_folder / "vae")
+    mean = vae.encode(torch.zeros(1, 3, 32, 32)).latent_dist.mean
+    for flip in (False, True):
+        mib = 2 * mean.numel() * 4 * (1 + flip) * 5000 / 2**20
+        assert disk_line(params(encode={"flip": flip}), sd_folder / "vae" / "config.json", 5000).startswith(f"{mib:,.1f} MiB")
+
+
+def test_steps_and_time(tmp_path: Path) -> None:
+    asked = params(dataset={"held_out_fraction": 0.2}, train={"steps": 40, "batch_size": 4})
+    assert steps_line(asked, 10) == "40 steps of 4: each of some 8 pictures to train on is shown 20 times"
+    epochs = params(dataset={"held_out_fraction": 0.2}, train={"steps": None, "epochs": 3, "batch_size": 4})
+    assert steps_line(epochs, 10).startswith("6 steps of 4")
+    workspace = Workspace(tmp_path, tmp_path)
+    workspace.pace.parent.mkdir()
+    workspace.pace.write_text(json.dumps({"seconds_per_picture": 0.5, "resolution": 16}))
+    assert time_line(workspace, asked, 10).startswith("some 5 min")  # 40 steps of 4 at twice the side: 320 s
