@@ -25,6 +25,8 @@ def set_values(workspace: Workspace, assignments: list[str]) -> list[str]:
     Raises:
         UserError: an assignment cannot be read, or the result is not valid.
     """
+    if not assignments:
+        return []
     document, changes = _edited(workspace, assignments)
     if changes:
         write_text(workspace.params, dumped(document))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.dvc import StageOutcome, status
+from pipeline.page.stamp import PAGE, is_fresh
 from pipeline.progress import say
 from pipeline.workspace import DATASET_REPORT, DIST, VALIDATE_REPORT, Workspace
 
@@ -48,8 +49,10 @@ def print_summary(workspace: Workspace, outcomes: Sequence[StageOutcome]) -> Non
         say(f"  {outcome.name:<36}{outcome.what}{took}")
     if [o.name for o in outcomes if o.what in ("ran", "restored", "up to date")][-1:] != ["export-and-card"]:
         return  # stopped before the end
-    from pipeline.page.report import write_page
+    if not is_fresh(workspace):
+        from pipeline.page.report import write_page
 
+        write_page(workspace)
     metrics = json.loads((workspace.root / VALIDATE_REPORT / "metrics.json").read_text(encoding="utf-8"))
     say("")
     for key, title in _HEADLINES.items():
@@ -61,7 +64,7 @@ def print_summary(workspace: Workspace, outcomes: Sequence[StageOutcome]) -> Non
             f"  {'gate':<44}{'passed' if gate['passed'] else 'FAILED: ' + '; '.join(f for f in gate['findings'] if ': fails' in f)}"
         )
     say("")
-    say(f"  the page           {_link(workspace, write_page(workspace).relative_to(workspace.root))}")
+    say(f"  the page           {_link(workspace, PAGE)}")
     say(f"  before and after   {_link(workspace, VALIDATE_REPORT / 'before-after.png')}")
     say(f"  training pictures  {_link(workspace, DATASET_REPORT / 'contact-sheet.png')}")
     say(f"  adapter and card   {_link(workspace, DIST)}/")

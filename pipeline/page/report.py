@@ -20,10 +20,10 @@ from pipeline.files import write_text
 from pipeline.history import metrics_at, params_at
 from pipeline.metrics import DEFINITIONS
 from pipeline.page.html import line_chart, number, picture, render, smoothed
+from pipeline.page.stamp import PAGE, stamped
 from pipeline.stage import value_changes
 from pipeline.workspace import ADAPTER, DATASET, DATASET_REPORT, DIST, TRAIN_REPORT, VALIDATE_REPORT, Workspace
 
-PAGE = Path("reports/index.html")
 _SHOTS = 12
 _SMALL = 256  # pixels: smaller samples are enlarged without smoothing
 _HISTOGRAMS = {
@@ -45,7 +45,8 @@ def write_page(workspace: Workspace) -> Path:
     missing = [str(p) for p in (DATASET_REPORT, TRAIN_REPORT, VALIDATE_REPORT, DIST) if not (root / p).is_dir()]
     if missing:
         raise UserError(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: `reprolora run` makes them")
-    write_text(root / PAGE, render("report.html.jinja", **_facts(workspace, load_params(workspace.params))))
+    page = render("report.html.jinja", **_facts(workspace, load_params(workspace.params)))
+    write_text(root / PAGE, stamped(workspace, page))
     return root / PAGE
 
 
