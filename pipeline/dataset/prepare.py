@@ -19,13 +19,13 @@ from pipeline.dataset.duplicates import Likeness, likeness, near_pairs
 from pipeline.dataset.geometry import Geometry, bucket, fit, square
 from pipeline.dataset.images import BadImage, Picture, decode, hash_pixels, read_mask
 from pipeline.dataset.manifest import Manifest, Mask, Sample, split_of
-from pipeline.dataset.source import IMAGE_EXTENSIONS, Found, Reject, is_image, is_inside, require_folder, visible_files
+from pipeline.dataset.masks import masks_of
+from pipeline.dataset.source import Found, Reject, is_image, is_inside, require_folder, visible_files
 from pipeline.dataset.sources import source_of
 from pipeline.errors import UserError
 from pipeline.progress import progress
 
 _LISTED = 10  # rejects named in a message; the rest stand in the file
-_SIDECAR_MASKS = (".mask", "-masklabel")  # cat.mask.png, or OneTrainer's cat-masklabel.png, beside cat.jpg
 _AHEAD = 64  # pictures in memory at most, however many there are
 T = TypeVar("T")
 R = TypeVar("R")
@@ -170,34 +170,25 @@ def scan_concepts(
         prefix = "" if place == folder.resolve() else place.relative_to(folder.resolve()).as_posix() + "/"
         own = _as_concept(settings, concept)
         scan = source_of(place, own).scan(place, own, unpacked, check_stop)
-        masks = concept.masks or settings.masks
-        beside = masks == "sidecar"
-        mask_folder = None if masks in (None, "alpha", "sidecar") else (folder / str(masks)).resolve()
-        if mask_folder and not (mask_folder.is_dir() and mask_folder.is_relative_to(folder.resolve())):
-            raise UserError(
-                f"dataset.masks: {mask_folder} is no folder in {folder}: give `alpha`, `sidecar`, or a folder in dataset.path"
-            )
+        setting = concept.masks or settings.masks
+        masks = masks_of(setting, folder)
         for found in scan.found:
             file = (unpacked if found.unpacked else place) / found.path
-            if (mask_folder and file.resolve().is_relative_to(mask_folder)) or (beside and _is_sidecar_mask(file.name)):
-                continue  # a mask, which the source took for a picture
+            if masks and masks.holds(file):
+                continue  # which the source took for a picture
             path = found.path if found.unpacked else prefix + found.path
             # a concept's own masks go by the names in it, those of the whole dataset by the names in that
-            mask = _mask_of(mask_folder, found.path if concept.masks else path) if mask_folder else None
-            mask = _mask_beside(file) if beside else mask
+            mask = masks.of(file, found.path if concept.masks else path) if masks else None
             if mask and not is_inside(mask, folder):
-                rejects.append(Reject(path, f"has a mask that is a link out of the dataset's folder: {masks}"))
+                rejects.append(Reject(path, f"has a mask that is a link out of the dataset's folder: {setting}"))
                 continue
-            no_mask = ""
-            if not mask and (mask_folder or beside):
-                no_mask = f"has no mask {'beside it' if beside else f'in {masks}'}"
+            no_mask = f"has no mask {masks.where}" if masks and not mask else ""
             items.append(Item(replace(found, path=path), concept, file, mask, no_mask))
         for reject in scan.rejects:
-            if not (mask_folder and (place / reject.path).is_relative_to(mask_folder)) and not (
-                beside and _is_sidecar_mask(reject.path)
-            ):
+            if not (masks and masks.holds(place / reject.path)):
                 rejects.append(Reject(prefix + reject.path, reject.reason))
     if settings.concepts:
+        told = [masks for m in (settings.masks, *(c.masks for c in settings.concepts)) if (masks := masks_of(m, folder))]
         covered = {place.relative_to(folder.resolve()).as_posix() + "/" for place in places}
         rejects += [
             Reject(name, "lies in none of dataset.concepts")
@@ -205,7 +196,7 @@ def scan_concepts(
             if is_image(name)
             and name.isprintable()
             and not name.startswith(tuple(covered))
-            and not _is_mask(name, folder, settings)
+            and not any(masks.holds(folder / name) for masks in told)
         ]
     return sorted(items, key=lambda i: i.found.path), rejects
 
@@ -218,14 +209,6 @@ def _as_concept(settings: Dataset, concept: Concept) -> Dataset:
     return settings.model_copy(update=own)
 
 
-def _is_mask(name: str, folder: Path, settings: Dataset) -> bool:
-    told = [m for m in (settings.masks, *(c.masks for c in settings.concepts)) if m and m != "alpha"]
-    if "sidecar" in told and _is_sidecar_mask(name):
-        return True
-    folders = [m for m in told if m != "sidecar"]
-    return any((folder / name).resolve().is_relative_to((folder / masks).resolve()) for masks in folders)
-
-
 def _place(concept: Concept, folder: Path) -> Path:
     place = (folder / concept.path).resolve()
     if not place.is_dir() or not place.is_relative_to(folder.resolve()):
@@ -233,22 +216,6 @@ def _place(concept: Concept, folder: Path) -> Path:
             f"dataset.concepts: {concept.path!r} is no folder in {folder}: a concept's path is relative to dataset.path"
         )
     return place
-
-
-def _mask_of(folder: Path, path: str) -> Path | None:
-    """The mask with the picture's relative name, whatever its ending."""
-    stem = folder / Path(path).with_suffix("")
-    candidates = (stem.with_name(stem.name + ending) for ending in IMAGE_EXTENSIONS)
-    return next((c for c in candidates if c.is_file()), None)
-
-
-def _is_sidecar_mask(name: str) -> bool:
-    return is_image(name) and Path(name).stem.endswith(_SIDECAR_MASKS)
-
-
-def _mask_beside(file: Path) -> Path | None:
-    candidates = (file.with_name(file.stem + mark + ending) for mark in _SIDECAR_MASKS for ending in IMAGE_EXTENSIONS)
-    return next((c for c in candidates if c.is_file()), None)
 
 
 def _look(item: Item, folder: Path, settings: Dataset) -> _Seen | str:
