@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import sys
@@ -26,8 +25,20 @@ _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "dvc", 
 
 
 def check_all(workspace: Workspace) -> bool:
-    """Print one line per check, the fault where there is one; returns whether all passed."""
+    """Print one line per check, the fault where there is one, and what the run will take; returns whether all passed."""
     params = load_params(workspace.params)
+    count, base = 0, workspace.root / params.model.base
+
+    def pictures() -> str:
+        nonlocal count
+        count, told = _pictures(workspace, params.dataset)
+        return told
+
+    def base_model() -> str:
+        nonlocal base
+        base, told = _model(workspace, base_source(params.model), "model.base")
+        return told
+
     checks: list[tuple[str, Callable[[], str]]] = [
         ("params.yaml", lambda: "every key and value is allowed"),
         ("project", lambda: _project(workspace)),
@@ -35,17 +46,13 @@ def check_all(workspace: Workspace) -> bool:
         ("packages", _packages),
         ("device", lambda: _device(params.runtime.device)),
         ("disk", lambda: _disk(workspace)),
-        ("pictures", lambda: _pictures(workspace, params.dataset)),
-        (
-            "base",
-            lambda: _model(workspace, base_source(params.model), "model.base"),
-        ),
+        ("pictures", pictures),
+        ("base", base_model),
     ]
     for title, key, named, revision in _helpers(params):
         if named:
             source = ModelSource(named, revision)
-            checks.append((title, lambda source=source, key=key: _model(workspace, source, key)))  # type: ignore[misc]
-    checks += _estimates(workspace, params)
+            checks.append((title, lambda source=source, key=key: _model(workspace, source, key)[1]))  # type: ignore[misc]
     fine = True
     for title, look in checks:
         try:
@@ -53,32 +60,21 @@ def check_all(workspace: Workspace) -> bool:
         except UserError as error:
             fine = False
             say(f"  FAULT  {title:<12} {error}")
+    for title, told in _estimates(workspace, params, count, base) if count else ():
+        say(f"  ok     {title:<12} {told}")
     return fine
 
 
-def _estimates(workspace: Workspace, params: Params) -> list[tuple[str, Callable[[], str]]]:
-    """What the run will take; each stands alone, so that a fault in the pictures or the base is told once, above."""
-    pictures = _count(workspace, params.dataset)
-    if not pictures:
-        return []
+def _estimates(workspace: Workspace, params: Params, pictures: int, base: Path) -> list[tuple[str, str]]:
+    """What the run will take. `base`: the base's folder, as far as it was found."""
     from pipeline.families import family  # with torch
 
-    base = workspace.root / params.model.base
-    if not base.is_dir():
-        with contextlib.suppress(UserError):
-            base = resolve(base_source(params.model), workspace.root, "model.base").path
     return [
-        ("steps", lambda: steps_line(params, pictures)),
-        ("time", lambda: time_line(workspace, params, pictures)),
-        ("memory", lambda: memory_line(params, base / family(params.model.family).denoiser_key)),
-        ("encodings", lambda: disk_line(params, base / "vae" / "config.json", pictures)),
+        ("steps", steps_line(params, pictures)),
+        ("time", time_line(workspace, params, pictures)),
+        ("memory", memory_line(params, base / family(params.model.family).denoiser_key)),
+        ("encodings", disk_line(params, base / "vae" / "config.json", pictures)),
     ]
-
-
-def _count(workspace: Workspace, settings: Dataset) -> int:
-    with tempfile.TemporaryDirectory() as unpacked, contextlib.suppress(UserError):
-        return len(scan_concepts(workspace.root / settings.path, settings, Path(unpacked), lambda: None)[0])
-    return 0
 
 
 def pin_models(workspace: Workspace) -> list[str]:
@@ -157,14 +153,17 @@ def _disk(workspace: Workspace) -> str:
     return f"{free:.1f} GiB free"
 
 
-def _pictures(workspace: Workspace, settings: Dataset) -> str:
+def _pictures(workspace: Workspace, settings: Dataset) -> tuple[int, str]:
+    """How many there are, and that in words."""
     with tempfile.TemporaryDirectory() as unpacked:
         items, rejects = scan_concepts(workspace.root / settings.path, settings, Path(unpacked), lambda: None)
     told = f"{len(items)} pictures in {settings.path}"
-    return told + (f", {len(rejects)} files cannot be used: {rejects[0].path} {rejects[0].reason}" if rejects else "")
+    told += f", {len(rejects)} files cannot be used: {rejects[0].path} {rejects[0].reason}" if rejects else ""
+    return len(items), told
 
 
-def _model(workspace: Workspace, source: ModelSource, key: str) -> str:
+def _model(workspace: Workspace, source: ModelSource, key: str) -> tuple[Path, str]:
+    """Its folder, and what there is to say of it."""
     model = resolve(source, workspace.root, key)
     size = sum(p.stat().st_size for p in model.path.rglob("*.safetensors")) / 2**20
-    return f"{source.base}, {size:.0f} MiB of weights, {'as pinned' if source.revision else 'not pinned'}"
+    return model.path, f"{source.base}, {size:.0f} MiB of weights, {'as pinned' if source.revision else 'not pinned'}"
