@@ -109,6 +109,18 @@ class Project:
         )
 
 
+def git(root: Path, *arguments: str) -> str:
+    """git as somebody, in a folder; what it prints."""
+    command = ["git", "-c", "user.name=t", "-c", "user.email=t@t", *arguments]
+    return subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout
+
+
+def commit(root: Path, message: str = "start") -> None:
+    """Everything that is not ignored."""
+    git(root, "add", "-A")
+    git(root, "commit", "-qm", message)
+
+
 def make_project(root: Path, base: Path, clip: Path, pictures: Path) -> Project:
     """Lay a project out in `root`, which must not exist."""
     root.mkdir(parents=True)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from project import Project
+from project import Project, commit
 from test_kill import adapter, slow_trainer, trainer, wait_for
 
 from pipeline.errors import AlreadyRunning
@@ -23,8 +23,7 @@ def slow(project: Project) -> Project:
     """A committed project whose training takes some seconds."""
     slow_trainer(project)
     project.set("train", steps=40)
-    for command in (("add", "-A"), ("commit", "-qm", "start")):
-        subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *command], cwd=project.root, check=True)
+    commit(project.root)
     return project
 
 

@@ -22,7 +22,7 @@ import pandas as pd
 import pytest
 from mlflow import MlflowClient
 from PIL import Image
-from project import Project, make_project
+from project import Project, commit, make_project
 
 from pipeline.metrics import DEFINITIONS, NAMES
 
@@ -50,13 +50,8 @@ def judged(tmp_path_factory: pytest.TempPathFactory, sd_folder: Path, clip_folde
     done = project.cli("run")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "reports/index.html" in done.stdout
-    git(project, "add", "-A")
-    git(project, "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "first")
+    commit(project.root)
     return project
-
-
-def git(project: Project, *arguments: str) -> None:
-    subprocess.run(["git", *arguments], cwd=project.root, check=True, capture_output=True)
 
 
 def test_everything_is_measured_and_defined(judged: Project) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from project import REPOSITORY, Project
+from project import REPOSITORY, Project, git
 from ruamel.yaml import YAML
 
 pytestmark = pytest.mark.slow
@@ -34,11 +34,6 @@ class Runner:
     summary: str
     calls: list[str]
     code: int = 0
-
-
-def git(root: Path, *arguments: str) -> str:
-    command = ["git", "-c", "user.name=t", "-c", "user.email=t@t", *arguments]
-    return subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout
 
 
 @pytest.fixture

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from project import Project
+from project import Project, commit
 from test_kill import wait_for
 
 from pipeline import search as module
@@ -130,12 +129,7 @@ def test_several_at_once_and_few_choices(new_project: Callable[[], Project], mon
 def test_a_search_with_real_experiments_is_killed_goes_on_and_runs_nothing_twice(project: Project) -> None:
     pytest.importorskip("optuna")
 
-    def git(*arguments: str) -> None:
-        command = ["git", "-c", "user.name=t", "-c", "user.email=t@t", *arguments]
-        subprocess.run(command, cwd=project.root, check=True, capture_output=True)
-
-    git("add", "-A")
-    git("commit", "-qm", "start")
+    commit(project.root)
     refused = project.cli("sweep", "--search", "3", "--set", "lora.rank=0..2")
     assert refused.returncode == 2 and "lora.rank" in refused.stderr
     command = ("sweep", "--search", "3", "--set", "train.learning_rate=1e-5..1e-1", "--set", "lora.rank=1,2")

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from project import Project
+from project import Project, commit, git
 
 pytestmark = pytest.mark.slow
-
-
-def git(root: Path, *arguments: str) -> None:
-    subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *arguments], cwd=root, check=True, capture_output=True)
 
 
 @pytest.fixture
@@ -27,10 +22,18 @@ def shared(new_project: Callable[[], Project], tmp_path: Path) -> Project:
 
 
 def clone(project: Project, tmp_path: Path) -> Project:
-    git(project.root, "add", "-A")
-    git(project.root, "commit", "-qm", "run")
+    commit(project.root)
     git(tmp_path, "clone", "-q", str(project.root), "clone")
     return Project(tmp_path / "clone")
+
+
+def gets_everything(other: Project, project: Project) -> None:
+    """A clone that runs nothing, and has what the project has."""
+    done = other.cli("run", "--pull")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert other.executed() == []
+    for name in ("build/adapter/adapter.safetensors", "dist/adapter/README.md", "data/000.png"):
+        assert other.path(name).read_bytes() == project.path(name).read_bytes()
 
 
 def test_a_clean_clone_gets_everything_and_runs_nothing(shared: Project, tmp_path: Path) -> None:
@@ -38,11 +41,7 @@ def test_a_clean_clone_gets_everything_and_runs_nothing(shared: Project, tmp_pat
     assert done.returncode == 0 and "to the remote" in done.stdout, done.stdout + done.stderr
     other = clone(shared, tmp_path)
     assert not other.path("data/000.png").exists() and not other.path("build").exists()
-    done = other.cli("run", "--pull")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert other.executed() == []
-    for name in ("build/adapter/adapter.safetensors", "dist/adapter/README.md", "data/000.png"):
-        assert other.path(name).read_bytes() == shared.path(name).read_bytes()
+    gets_everything(other, shared)
     other.set("validate", prompts=["a blue circle"])
     assert other.cli("run", "--pull", "--push").returncode == 0
     assert other.executed() == ["validate", "export-and-card"]

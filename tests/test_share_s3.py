@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from project import Project
+from project import Project, commit, git
+from test_share import gets_everything
 
 pytest.importorskip("dvc_s3")
 moto = pytest.importorskip("moto.server")
@@ -21,10 +21,6 @@ CREDENTIALS = {
     "AWS_DEFAULT_REGION": "us-east-1",
     "AWS_EC2_METADATA_DISABLED": "true",  # else whoever has no credentials asks a machine of Amazon's for them
 }
-
-
-def git(root: Path, *arguments: str) -> None:
-    subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *arguments], cwd=root, check=True, capture_output=True)
 
 
 @pytest.fixture
@@ -64,16 +60,11 @@ def test_a_clean_clone_gets_everything_from_s3_and_runs_nothing(
     assert keys and all(key.startswith("style/") for key in keys) and any("/runs/" in key for key in keys)
 
     git(tmp_path, "init", "--bare", "-q", "bare.git")
-    git(project.root, "add", "-A")
-    git(project.root, "commit", "-qm", "run")
+    commit(project.root)
     git(project.root, "push", "-q", str(tmp_path / "bare.git"), "HEAD:refs/heads/main")
     git(tmp_path, "clone", "-q", "--branch", "main", "bare.git", "clone")
     other = Project(tmp_path / "clone")
     assert not other.path("data").exists() and not other.path("build").exists()
-    done = other.cli("run", "--pull")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert other.executed() == []
-    for name in ("build/adapter/adapter.safetensors", "dist/adapter/README.md", "data/000.png"):
-        assert other.path(name).read_bytes() == project.path(name).read_bytes()
+    gets_everything(other, project)
     for name in CREDENTIALS.values():
         assert name not in other.path(".dvc/config").read_text()

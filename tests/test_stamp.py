@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-
-from project import Project
+from project import Project, commit
 
 from pipeline.page.stamp import PAGE, is_fresh, stamped
 from pipeline.workspace import Workspace
@@ -12,10 +10,6 @@ from pipeline.workspace import Workspace
 
 def test_the_page_is_stale_after_a_setting_a_result_or_a_commit(project: Project) -> None:
     workspace = Workspace(project.root, project.root)
-
-    def git(*arguments: str) -> None:
-        command = ["git", "-c", "user.name=t", "-c", "user.email=t@t", *arguments]
-        subprocess.run(command, cwd=project.root, check=True, capture_output=True)
 
     def draw() -> None:
         project.path("reports").mkdir(exist_ok=True)
@@ -30,8 +24,7 @@ def test_the_page_is_stale_after_a_setting_a_result_or_a_commit(project: Project
     project.path("dvc.lock").write_text("stages: {}\n")
     assert not is_fresh(workspace)
     draw()
-    git("add", "-A")
-    git("commit", "-qm", "start")
+    commit(project.root)
     assert not is_fresh(workspace)
     draw()
     assert is_fresh(workspace)

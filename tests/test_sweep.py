@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable
 
 import pytest
 from mlflow import MlflowClient
-from project import Project
+from project import Project, commit
 
 from pipeline.errors import UserError
 from pipeline.sweep import combinations
@@ -32,14 +31,9 @@ def test_a_sweep_shares_goes_on_and_is_applied(new_project: Callable[[], Project
     project = new_project()
     project.set("tracking", enabled=True)
 
-    def git(*arguments: str) -> None:
-        command = ["git", "-c", "user.name=t", "-c", "user.email=t@t", *arguments]
-        subprocess.run(command, cwd=project.root, check=True, capture_output=True)
-
     refused = project.cli("sweep", "--set", "lora.rank=1,2")
     assert refused.returncode == 2 and "needs a commit" in refused.stderr
-    git("add", "-A")
-    git("commit", "-qm", "start")
+    commit(project.root)
     refused = project.cli("sweep", "--set", "lora.rank=1,0")
     assert refused.returncode == 2 and "lora.rank" in refused.stderr
     done = project.cli("sweep", "--set", "train.learning_rate=0.00001,0.02")
