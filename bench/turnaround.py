@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from project import Project, make_project  # noqa: E402
 
 CHANGES = {
-    "dataset": "dataset.suffix=, at night",
+    "dataset": "dataset.suffix=at night",
     "encode": "encode.dtype=float32",
     "lora": "lora.rank=16",
     "train": "train.learning_rate=2e-3",

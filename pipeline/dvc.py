@@ -21,6 +21,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from pipeline import live
+from pipeline.dvc_process import call, command, environment
 from pipeline.errors import UserError
 from pipeline.files import hash_file, hash_tree
 from pipeline.lock import held, refusal
@@ -60,23 +61,14 @@ def reproduce(workspace: Workspace, stage: str | None, force: bool, pull: bool =
     """
     _refuse_beside_dvc(workspace)
     run = uuid.uuid4().hex[:12]
-    environment = {**_environment(), "REPROLORA_RUN": run} | ({"REPROLORA_FORCE": "1"} if force else {})
-    before, complete = _locked(workspace), {n: _outs_exist(workspace, d) for n, d in declarations(workspace).items()}
-    command = [
-        sys.executable,
-        "-m",
-        "dvc",
-        "--wait-for-lock",  # else whoever holds it for more than three seconds when a stage ends makes DVC throw the result away
-        "repro",
-        *(["--force"] if force else []),
-        *(["--pull"] if pull else []),
-        *([stage] if stage else []),
-    ]
-    code, interrupted = _wait_for(command, workspace, environment, _up_to(list(complete), stage))
+    told = {"REPROLORA_RUN": run, **({"REPROLORA_FORCE": "1"} if force else {})}
+    before, complete = workspace.recorded(), {n: _outs_exist(workspace, d) for n, d in declarations(workspace).items()}
+    options = [*(["--force"] if force else []), *(["--pull"] if pull else []), *([stage] if stage else [])]
+    code, interrupted = _wait_for(command("repro", *options), workspace, environment(**told), _up_to(list(complete), stage))
     executed = {e["stage"]: e for e in journal(workspace) if e["run"] == run}
     if code and not executed:
         _refuse_beside_dvc(workspace)  # it came between
-    after, wanted = _locked(workspace), _up_to(list(complete), stage)
+    after, wanted = workspace.recorded(), _up_to(list(complete), stage)
     broken = [name for name, entry in executed.items() if entry["outcome"] != "done"]
     lost = wanted.index(broken[0]) if broken else 0 if code else len(wanted)  # from here on nothing was reached
     outcomes = []
@@ -135,14 +127,7 @@ def status(workspace: Workspace, pending: Sequence[str] = ()) -> list[StageStatu
         UserError: DVC cannot tell.
         AlreadyRunning: since a stage runs.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", "--wait-for-lock", "status", "--json"],
-        cwd=workspace.root,
-        env=_environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = call(workspace.root, "status", "--json")
     try:
         changed: dict[str, list[Any]] = json.loads(done.stdout)
     except json.JSONDecodeError:
@@ -150,7 +135,7 @@ def status(workspace: Workspace, pending: Sequence[str] = ()) -> list[StageStatu
             _refuse_beside_dvc(workspace)
         raise UserError(f"dvc status failed: {(done.stderr or done.stdout).strip()}") from None
     lasting = {e["stage"]: e["seconds"] for e in journal(workspace) if e["outcome"] == "done"}
-    locked, current = _locked(workspace), _yaml(workspace.params)
+    locked, current = workspace.recorded(), _yaml(workspace.params)
     statuses: list[StageStatus] = []
     producer: dict[str, str] = {}
     for name, declaration in declarations(workspace).items():
@@ -271,11 +256,6 @@ def _up_to(names: list[str], stage: str | None) -> list[str]:
     return names[: names.index(stage) + 1] if stage else names
 
 
-def _locked(workspace: Workspace) -> dict[str, Any]:
-    stages: dict[str, Any] = _yaml(workspace.dvc_lock).get("stages", {}) if workspace.dvc_lock.is_file() else {}
-    return stages
-
-
 def _outs_exist(workspace: Workspace, declaration: Declaration) -> bool:
     return all((workspace.root / out).exists() for out in declaration.outs)
 
@@ -283,11 +263,6 @@ def _outs_exist(workspace: Workspace, declaration: Declaration) -> bool:
 def _yaml(path: Path) -> dict[str, Any]:
     loaded: dict[str, Any] = YAML(typ="safe").load(path.read_text(encoding="utf-8")) or {}
     return loaded
-
-
-def _environment() -> dict[str, str]:
-    """Ours, with this interpreter first on the path: `dvc.yaml` says `python`."""
-    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -13,6 +12,7 @@ from pathlib import Path
 from ruamel.yaml.comments import CommentedMap
 
 from pipeline.config import check_params, load_yaml
+from pipeline.dvc_process import call
 from pipeline.edit import assign, dumped
 from pipeline.errors import UserError
 from pipeline.fetch import fetch, folder_of
@@ -135,9 +135,7 @@ def _repository(folder: Path, data: Path) -> None:
     """git, and the pictures tracked by DVC, a fetched dataset too: a sweep's copies of the project have what either tracks, and no more.
     Nothing is committed: that is the owner's to do."""
     subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", "add", "--quiet", str(data)], cwd=folder, capture_output=True, text=True, check=False
-    )
+    done = call(folder, "add", "--quiet", str(data))
     if done.returncode:
         raise UserError(f"the pictures could not be added to DVC: {done.stderr.strip()}")
 

@@ -26,9 +26,14 @@ _NOISE = re.compile(
 )
 
 
+def is_terminal() -> bool:
+    """Whether the output goes to a terminal that understands escape sequences."""
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+
+
 def can_be_live() -> bool:
-    """Whether somebody looks on: a terminal that can move its cursor, and not CI's imitation of one."""
-    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("CI")
+    """Whether somebody looks on: not CI's imitation of a terminal."""
+    return is_terminal() and not os.environ.get("CI")
 
 
 class View:

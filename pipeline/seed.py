@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from ruamel.yaml import YAML
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -45,10 +44,7 @@ def seed_store(store: ContentStore, workspace: Workspace) -> None:
 
 def _recorded(workspace: Workspace) -> str:
     """The content hash of `build/encoded` in `dvc.lock`, empty where there is none."""
-    if not workspace.dvc_lock.is_file():
-        return ""
-    lock = YAML(typ="safe").load(workspace.dvc_lock.read_text(encoding="utf-8")) or {}
-    outs = lock.get("stages", {}).get(_STAGE, {}).get("outs", [])
+    outs = workspace.recorded().get(_STAGE, {}).get("outs", [])
     return next((out.get("md5", "") for out in outs if Path(out["path"]) == ENCODED), "")
 
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
-from typing import Any
-
-from ruamel.yaml import YAML
 
 from pipeline.config import load_params
+from pipeline.dvc_process import call
 from pipeline.errors import UserError
 from pipeline.progress import say
 from pipeline.workspace import Workspace
@@ -25,12 +21,12 @@ def pull(workspace: Workspace) -> bool:
         UserError: the project has no remote.
     """
     _require_remote(workspace)
-    fetched = _dvc(workspace, "fetch", "--run-cache")
+    fetched = call(workspace.root, "fetch", "--run-cache")
     if fetched.returncode:
         say(f"  not everything could be fetched ({_said(fetched)}): what is missing is made")
     missing = [path for path in _tracked(workspace) if not (workspace.root / path).exists()]
     for path in missing:  # one by one: a folder that the remote lacks must not keep the others away
-        _dvc(workspace, "checkout", path)
+        call(workspace.root, "checkout", path)
     there = [path for path in missing if (workspace.root / path).exists()]
     say(f"  from the remote: {', '.join(there) if there else 'nothing that is missing here'}")
     return fetched.returncode == 0
@@ -43,7 +39,7 @@ def push(workspace: Workspace) -> None:
         UserError: there is no remote, or it takes nothing.
     """
     _require_remote(workspace)
-    pushed = _dvc(workspace, "push", "--run-cache")
+    pushed = call(workspace.root, "push", "--run-cache")
     if pushed.returncode:
         raise UserError(f"the results could not be pushed: {_said(pushed)}. They lie here, and the next push sends them")
     say(f"  to the remote: {_said(pushed) or 'everything'}")
@@ -51,28 +47,15 @@ def push(workspace: Workspace) -> None:
 
 def _tracked(workspace: Workspace) -> list[str]:
     """Outs that `dvc.lock` records, and the dataset where a `.dvc` file does."""
-    lock = workspace.dvc_lock
-    loaded: dict[str, Any] = (YAML(typ="safe").load(lock.read_text(encoding="utf-8")) or {}) if lock.is_file() else {}
-    paths = [out["path"] for stage in loaded.get("stages", {}).values() for out in stage.get("outs", [])]
+    paths = [out["path"] for stage in workspace.recorded().values() for out in stage.get("outs", [])]
     data = Path(load_params(workspace.params).dataset.path)
     noted = [p for p in (data, *data.parents) if (workspace.root / p.parent / f"{p.name}.dvc").is_file()]
     return [*map(str, noted), *paths]
 
 
 def _require_remote(workspace: Workspace) -> None:
-    if not _dvc(workspace, "remote", "list").stdout.strip():
+    if not call(workspace.root, "remote", "list").stdout.strip():
         raise UserError("there is no DVC remote to share with: `dvc remote add --default NAME URL` names one")
-
-
-def _dvc(workspace: Workspace, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments],
-        cwd=workspace.root,
-        env=dict(os.environ),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def _said(done: subprocess.CompletedProcess[str]) -> str:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.dvc import StageOutcome, status
+from pipeline.live import is_terminal
 from pipeline.page.stamp import PAGE, is_fresh
 from pipeline.progress import say
 from pipeline.workspace import DATASET_REPORT, DIST, VALIDATE_REPORT, Workspace
@@ -72,7 +71,7 @@ def print_summary(workspace: Workspace, outcomes: Sequence[StageOutcome]) -> Non
 
 def _link(workspace: Workspace, path: Path) -> str:
     """A path that terminals open at a click (OSC 8); plain elsewhere."""
-    if not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
+    if not is_terminal():
         return str(path)
     return f"\x1b]8;;{(workspace.root / path).resolve().as_uri()}\x1b\\{path}\x1b]8;;\x1b\\"
 

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from pipeline.config import load_params
+from pipeline.dvc_process import call
 from pipeline.edit import preview_values
 from pipeline.errors import UserError
 from pipeline.files import hash_json, write_text
@@ -185,7 +184,7 @@ def apply(workspace: Workspace, name: str) -> None:
     Raises:
         UserError: there is no such experiment.
     """
-    done = _dvc(workspace, {}, "exp", "apply", name)
+    done = call(workspace.root, "exp", "apply", name)
     if done.returncode:
         told = (done.stderr or done.stdout).strip().splitlines()
         raise UserError(
@@ -198,7 +197,7 @@ def experiment(workspace: Workspace, changes: tuple[str, ...], name: str, group:
     say(f"  {', '.join(changes)}")
     log = workspace.work / "sweeps" / f"{name}.log"
     settings = [part for change in changes for part in ("--set-param", change)]
-    done = _dvc(workspace, {"REPROLORA_SWEEP": group}, "exp", "run", "--temp", "--name", name, *settings)
+    done = call(workspace.root, "exp", "run", "--temp", "--name", name, *settings, REPROLORA_SWEEP=group)
     write_text(log, done.stdout + done.stderr)
     if done.returncode:
         say(f"  {name} FAILED, and the others go on: {log}")
@@ -214,20 +213,8 @@ def metrics_of(workspace: Workspace, name: str) -> dict[str, float | None]:
 
 def known(workspace: Workspace) -> list[str]:
     """The names of all experiments."""
-    listed = _dvc(workspace, {}, "exp", "list", "--all-commits", "--name-only").stdout.splitlines()
+    listed = call(workspace.root, "exp", "list", "--all-commits", "--name-only").stdout.splitlines()
     return sorted(line.strip() for line in listed if line.strip())
-
-
-def _dvc(workspace: Workspace, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    return subprocess.run(
-        [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments],  # a run beside may hold it for seconds
-        cwd=workspace.root,
-        env={**os.environ, "PATH": path, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def _git(workspace: Workspace, *arguments: str) -> str:

@@ -25,8 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ruamel.yaml import YAML
-
 from pipeline.boards import mirror_pictures, mirrored_curves
 from pipeline.config import Tracking, load_params
 from pipeline.errors import UserError
@@ -368,13 +366,9 @@ def _runs_of_files(workspace: Workspace) -> list[Run]:
 
 def _earlier_sections(workspace: Workspace) -> dict[str, Any]:
     """`dataset` and `encode` as DVC has recorded them of the stages that use them; nothing where no DVC ran them."""
-    if not workspace.dvc_lock.is_file():
-        return {}
-    stages = YAML(typ="safe").load(workspace.dvc_lock.read_text(encoding="utf-8")).get("stages", {})
-    sections: dict[str, Any] = {}
-    for stage, section in (("prepare-dataset", "dataset"), ("precompute-latents-and-embeddings", "encode")):
-        sections[section] = stages.get(stage, {}).get("params", {}).get("params.yaml", {}).get(section, {})
-    return sections
+    readers = {"dataset": "prepare-dataset", "encode": "precompute-latents-and-embeddings"}
+    recorded = workspace.recorded()
+    return {s: recorded.get(name, {}).get("params", {}).get("params.yaml", {}).get(s, {}) for s, name in readers.items()}
 
 
 def _run_name(stage: str, fingerprint: str) -> str:

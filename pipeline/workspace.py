@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,12 @@ class Workspace:
     @property
     def dvc_lock(self) -> Path:
         return self.root / "dvc.lock"
+
+    def recorded(self) -> dict[str, Any]:
+        """The stages as `dvc.lock` states them; none where nothing has run."""
+        text = self.dvc_lock.read_text(encoding="utf-8") if self.dvc_lock.is_file() else ""
+        stages: dict[str, Any] = (YAML(typ="safe").load(text) or {}).get("stages", {})
+        return stages
 
     @property
     def work(self) -> Path:

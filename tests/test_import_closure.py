@@ -15,6 +15,7 @@ COMMANDS = (
     "check",
     "data",
     "dvc",
+    "dvc_process",
     "edit",
     "estimate",
     "export/convert",
