@@ -13,10 +13,12 @@ import argparse
 import json
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -33,6 +35,7 @@ def main() -> None:
     parser.add_argument("--child", nargs=2, metavar=("WHAT", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
+        ANONYMOUS.start()
         print(json.dumps(CHILDREN[args.child[0]](Path(args.child[1]))))
         return
     results: dict[str, object] = {"machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"}
@@ -56,6 +59,10 @@ def main() -> None:
         "measured": {str(count): row for count, row in rows.items()},
         "cost per picture, large / small": {w: small[w]["rate"] / big[w]["rate"] for w in ("prepare", "encode")},
         "peak memory, large / small": {w: big[w]["mib"] / small[w]["mib"] for w in ("prepare", "encode")},
+        "kilobytes more for each more picture": {
+            w: (big[w]["anonymous_mib"] - small[w]["anonymous_mib"]) * 1024 / (args.large - args.small)
+            for w in ("prepare", "encode")
+        },
         "encode's rate as a share of the bare VAE's": big["encode"]["rate"] / bare["rate"],
         "one new picture, as a share of a full run": sum(r["seconds"] for r in one_more.values()) / full,
         "one new picture, encoded": one_more["encode"]["pictures"],
@@ -148,10 +155,26 @@ def measured(start: float, count: int) -> dict[str, float]:
     seconds = time.perf_counter() - start
     # this process, or the largest of its decoding workers
     mib = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
-    return {"seconds": seconds, "rate": count / seconds, "mib": mib}
+    return {"seconds": seconds, "rate": count / seconds, "mib": mib, "anonymous_mib": ANONYMOUS.mib}
 
 
+class Anonymous(threading.Thread):
+    """Looks again and again how much memory the process has that is no file's page: those the kernel takes back as it likes."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.mib = 0.0
+
+    def run(self) -> None:
+        while True:
+            found = re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())
+            self.mib = max(self.mib, int(found[1]) / 1024 if found else 0.0)
+            time.sleep(0.02)
+
+
+ANONYMOUS = Anonymous()
 CHILDREN = {"prepare": prepare, "encode": encode, "bare": bare}
+
 
 if __name__ == "__main__":
     main()

@@ -29,7 +29,7 @@ from project import Project, make_project  # noqa: E402
 
 CHANGES = {
     "dataset": "dataset.suffix=at night",
-    "encode": "encode.dtype=float32",
+    "encode": "encode.flip=true",
     "lora": "lora.rank=16",
     "train": "train.learning_rate=2e-3",
     "validate": "validate.inference_steps=20",

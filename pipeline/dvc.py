@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 import uuid
@@ -21,12 +19,13 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from pipeline import live
-from pipeline.dvc_process import call, command, environment
+from pipeline.dvc_process import Waiting
 from pipeline.errors import UserError
 from pipeline.files import hash_file, hash_tree
 from pipeline.lock import held, refusal
+from pipeline.progress import LIVE_FILE
 from pipeline.sources import CODE_JSON, hash_of
-from pipeline.stage import Declaration, declared, value_changes
+from pipeline.stage import Declaration, declarations, value_changes
 from pipeline.workspace import DATASET, Workspace
 
 _SHOWN = 5  # changed files that are named
@@ -50,10 +49,13 @@ class StageOutcome:
     seconds: float | None
 
 
-def reproduce(workspace: Workspace, stage: str | None, force: bool, pull: bool = False) -> tuple[int, list[StageOutcome]]:
+def reproduce(
+    workspace: Workspace, dvc: Waiting, stage: str | None, force: bool, pull: bool = False
+) -> tuple[int, list[StageOutcome]]:
     """`dvc repro`, with its output passed through; returns its exit code and what became of each stage.
 
     Args:
+        dvc: not told anything yet.
         pull: let DVC fetch what its run cache knows and its cache lacks.
 
     Raises:
@@ -61,10 +63,12 @@ def reproduce(workspace: Workspace, stage: str | None, force: bool, pull: bool =
     """
     _refuse_beside_dvc(workspace)
     run = uuid.uuid4().hex[:12]
-    told = {"REPROLORA_RUN": run, **({"REPROLORA_FORCE": "1"} if force else {})}
     before, complete = workspace.recorded(), {n: _outs_exist(workspace, d) for n, d in declarations(workspace).items()}
     options = [*(["--force"] if force else []), *(["--pull"] if pull else []), *([stage] if stage else [])]
-    code, interrupted = _wait_for(command("repro", *options), workspace, environment(**told), _up_to(list(complete), stage))
+    view = live.View(_up_to(list(complete), stage), workspace.work / "live.json") if dvc.process.stdout else None
+    shown = {LIVE_FILE: str(view.file)} if view else {}
+    dvc.tell("repro", *options, **shown, REPROLORA_RUN=run, **({"REPROLORA_FORCE": "1"} if force else {}))
+    code, interrupted = _wait_for(dvc.process, view)
     executed = {e["stage"]: e for e in journal(workspace) if e["run"] == run}
     if code and not executed:
         _refuse_beside_dvc(workspace)  # it came between
@@ -85,60 +89,46 @@ def reproduce(workspace: Workspace, stage: str | None, force: bool, pull: bool =
     return (130 if interrupted and code == 0 else code), outcomes
 
 
-def _wait_for(command: list[str], workspace: Workspace, environment: dict[str, str], names: list[str]) -> tuple[int, bool]:
-    """Run DVC to its end, its output passed through, or in a terminal under the view of the stages; its exit code, and whether
-    there was a Ctrl-C."""
-    watched = live.can_be_live()
-    if watched:
-        file = workspace.work / "live.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        environment = {**environment, **live.environment(file)}
-    process = subprocess.Popen(
-        command,
-        cwd=workspace.root,
-        env=environment,
-        preexec_fn=_die_with_parent,
-        stdout=subprocess.PIPE if watched else None,
-        stderr=subprocess.STDOUT if watched else None,
-        encoding="utf-8",
-    )
+def _wait_for(process: subprocess.Popen[str], view: live.View | None) -> tuple[int, bool]:
+    """Wait until DVC ends, under the view of the stages if there is one; its exit code, and whether there was a Ctrl-C."""
     interrupted = False
     with _sigterm_to_the_stage_of(process):
-        if watched:
-            viewer = threading.Thread(target=live.show, args=(live.View(names, file), process.stdout))
+        if view:
+            viewer = threading.Thread(target=live.show, args=(view, process.stdout))
             viewer.start()
         while True:
             try:
                 code = process.wait()
-                if watched:
+                if view:
                     viewer.join()
                 return code, interrupted
             except KeyboardInterrupt:  # the whole group got it: DVC and the stage save and leave, we wait for them
                 interrupted = True
 
 
-def status(workspace: Workspace, pending: Sequence[str] = ()) -> list[StageStatus]:
-    """Ask DVC which stages changed, and say why in words.
+def status(workspace: Workspace, asked: subprocess.Popen[str], pending: Sequence[str] = ()) -> list[StageStatus]:
+    """Which stages changed, and why, in words.
 
     Args:
+        asked: `dvc status --json`, started.
         pending: `section.key old → new`, changes that are only considered: counted as made.
 
     Raises:
         UserError: DVC cannot tell.
         AlreadyRunning: since a stage runs.
     """
-    done = call(workspace.root, "status", "--json")
+    declared, locked, current = declarations(workspace), workspace.recorded(), _yaml(workspace.params)  # while DVC looks
+    answer, complaint = asked.communicate()
     try:
-        changed: dict[str, list[Any]] = json.loads(done.stdout)
+        changed: dict[str, list[Any]] = json.loads(answer)
     except json.JSONDecodeError:
         with sole_run(workspace):  # where somebody runs, say who
             _refuse_beside_dvc(workspace)
-        raise UserError(f"dvc status failed: {(done.stderr or done.stdout).strip()}") from None
+        raise UserError(f"dvc status failed: {(complaint or answer).strip()}") from None
     lasting = {e["stage"]: e["seconds"] for e in journal(workspace) if e["outcome"] == "done"}
-    locked, current = workspace.recorded(), _yaml(workspace.params)
     statuses: list[StageStatus] = []
     producer: dict[str, str] = {}
-    for name, declaration in declarations(workspace).items():
+    for name, declaration in declared.items():
         if name not in locked:
             reasons = ["has never run"]
         else:
@@ -184,11 +174,6 @@ def _lives(pid: int) -> bool:
     except PermissionError:  # another user's
         return True
     return True
-
-
-def declarations(workspace: Workspace) -> dict[str, Declaration]:
-    """The stages of `dvc.yaml` in its order."""
-    return {name: declared(workspace, name) for name in _yaml(workspace.dvc_yaml)["stages"]}
 
 
 def journal(workspace: Workspace) -> list[dict[str, Any]]:
@@ -292,9 +277,3 @@ def _end_after_its_stage(process: subprocess.Popen[str]) -> None:
         time.sleep(0.1)
     if process.poll() is None:
         process.terminate()
-
-
-def _die_with_parent() -> None:
-    """Linux: when `run` is killed, DVC is told to end, and its stage notices that."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG

@@ -1,23 +1,81 @@
-"""DVC as a process of its own: how it is called."""
+"""DVC as a process of its own: how it is called. Imports next to nothing: DVC starts first, and loads itself while we do."""
 
 from __future__ import annotations
 
+import ctypes
+import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
-
-def command(*arguments: str) -> list[str]:
-    """DVC waits for its lock: else whoever holds it for more than three seconds when a stage ends makes it throw the result away."""
-    return [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments]
+# DVC waits for its lock: else whoever holds it for more than three seconds when a stage ends makes it throw the result away
+_ALWAYS = ("--wait-for-lock",)
 
 
-def environment(**more: str) -> dict[str, str]:
-    """Ours and `more`, with this interpreter first on the path: `dvc.yaml` says `python`."""
-    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}", **more}
+def start(root: Path, *arguments: str, **more: str) -> subprocess.Popen[str]:
+    """DVC in the project `root`, its output caught, not waited for. `more`: into its environment."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "dvc", *_ALWAYS, *arguments],
+        cwd=root,
+        env=_environment() | more,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
 
 
 def call(root: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-    """DVC in the project `root`, its output caught; whether it went well is for the caller to ask. `more`: into its environment."""
-    return subprocess.run(command(*arguments), cwd=root, env=environment(**more), capture_output=True, text=True, check=False)
+    """As `start`, to its end; whether it went well is for the caller to ask."""
+    process = start(root, *arguments, **more)
+    out, err = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+class Waiting:
+    """A DVC that loads itself and waits to be told what to do, as a context: it ends with it, and does nothing if never told.
+
+    Half of what a `dvc repro` without work takes is imports, and ours go on beside them.
+    """
+
+    def __init__(self, root: Path, caught: bool) -> None:
+        """`caught`: its output goes to `process.stdout`, and not where ours does."""
+        reading, self._writing = os.pipe()
+        waiting = Path(__file__).with_name("dvc_waiting.py")
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", str(waiting), str(reading)],
+            cwd=root,
+            env=_environment() | ({"PYTHONUNBUFFERED": "1"} if caught else {}),  # what is watched must come without delay
+            pass_fds=[reading],
+            preexec_fn=_die_with_parent,
+            stdout=subprocess.PIPE if caught else None,
+            stderr=subprocess.STDOUT if caught else None,
+            encoding="utf-8",
+        )
+        os.close(reading)
+
+    def tell(self, *arguments: str, **more: str) -> None:
+        """Let it work: DVC with these arguments, `more` in its environment."""
+        with os.fdopen(self._writing, "w", encoding="utf-8") as pipe:
+            json.dump({"arguments": [*_ALWAYS, *arguments], "environment": more}, pipe)
+        self._writing = -1
+
+    def __enter__(self) -> Waiting:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._writing >= 0:
+            os.close(self._writing)
+        self.process.wait()
+
+
+def _environment() -> dict[str, str]:
+    """Ours, with this interpreter first on the path: `dvc.yaml` says `python`."""
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+
+
+def _die_with_parent() -> None:
+    """Linux: when `run` is killed, DVC is told to end, and its stage notices that."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG

@@ -26,7 +26,7 @@ class How:
     caption_chunks: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Cut:
     """A training picture, or its mirror image."""
 

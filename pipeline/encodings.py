@@ -129,7 +129,7 @@ class ContentStore:
         return entries
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class EncodedSample:
     """What training knows of a picture."""
 

@@ -14,8 +14,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.progress import LIVE_FILE
-
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -116,8 +114,3 @@ def show(view: View, lines: Iterable[str]) -> None:
             view.hear(line)
             if not _NOISE.match(line):
                 live.console.print(line.rstrip("\n"), markup=False, soft_wrap=True)
-
-
-def environment(file: Path) -> dict[str, str]:
-    """What tells a stage to write there instead of drawing a bar, and DVC to print without delay."""
-    return {LIVE_FILE: str(file), "PYTHONUNBUFFERED": "1"}

@@ -151,10 +151,17 @@ def run_stage(name: str, body: Callable[[Stage], None], after: Callable[[Stage],
 
 def declared(workspace: Workspace, name: str) -> Declaration:
     """The stage's entry in `dvc.yaml`, with `${section.key}` filled in from `params.yaml`."""
+    return declarations(workspace)[name]
+
+
+def declarations(workspace: Workspace) -> dict[str, Declaration]:
+    """All stages of `dvc.yaml`, in its order."""
     document = YAML(typ="safe").load(workspace.dvc_yaml.read_text(encoding="utf-8"))
     values = YAML(typ="safe").load(workspace.params.read_text(encoding="utf-8")) or {}
-    entry = document["stages"][name]
+    return {name: _declaration(entry, values) for name, entry in document["stages"].items()}
 
+
+def _declaration(entry: dict[str, Any], values: dict[str, Any]) -> Declaration:
     def fill(text: str) -> str:
         while "${" in text:
             head, _, rest = text.partition("${")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,9 +22,15 @@ _HEADLINES = {
 }
 
 
-def print_status(workspace: Workspace, up_to: str | None = None, as_json: bool = False, pending: Sequence[str] = ()) -> None:
-    """One block per stage: up to date, or each reason why it would run. `pending`: changes of parameters still to be made."""
-    statuses = status(workspace, pending)
+def print_status(
+    workspace: Workspace,
+    asked: subprocess.Popen[str],
+    up_to: str | None = None,
+    as_json: bool = False,
+    pending: Sequence[str] = (),
+) -> None:
+    """One block per stage: up to date, or each reason why it would run. `asked` and `pending` as `pipeline.dvc.status` has them."""
+    statuses = status(workspace, asked, pending)
     if up_to:
         last = [s.name for s in statuses].index(up_to)
         statuses = statuses[: last + 1]

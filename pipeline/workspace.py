@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,7 @@ class Workspace:
     def recorded(self) -> dict[str, Any]:
         """The stages as `dvc.lock` states them; none where nothing has run."""
         text = self.dvc_lock.read_text(encoding="utf-8") if self.dvc_lock.is_file() else ""
-        stages: dict[str, Any] = (YAML(typ="safe").load(text) or {}).get("stages", {})
-        return stages
+        return _stages_of(text)
 
     @property
     def work(self) -> Path:
@@ -93,3 +93,10 @@ ADAPTER = Path("build/adapter")
 TRAIN_REPORT = Path("reports/train")
 VALIDATE_REPORT = Path("reports/validate")
 DIST = Path("dist/adapter")
+
+
+@lru_cache(maxsize=1)
+def _stages_of(lock: str) -> dict[str, Any]:
+    """Kept, since a run without work reads the same text before and after."""
+    stages: dict[str, Any] = (YAML(typ="safe").load(lock) or {}).get("stages", {})
+    return stages

@@ -16,6 +16,7 @@ COMMANDS = (
     "data",
     "dvc",
     "dvc_process",
+    "dvc_waiting",
     "edit",
     "estimate",
     "export/convert",

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from pipeline.config import Dataset
 from pipeline.dataset.captions import dress, variants
-from pipeline.dataset.duplicates import are_near, likeness, near_pairs
+from pipeline.dataset.duplicates import Likeness, Shelves, are_near, likeness
 from pipeline.dataset.geometry import bucket, buckets, fit
 from pipeline.dataset.images import BadImage, decode
 from pipeline.dataset.manifest import Sample
@@ -297,16 +297,37 @@ def test_copies_are_near_and_others_are_not() -> None:
     assert not any(are_near(likeness(picture), likeness(other)) for other in others)
 
 
-def test_pairs_are_those_of_the_plain_comparison() -> None:
+def test_the_first_near_picture_is_that_of_the_plain_comparison() -> None:
     likes = [likeness(noise(64, 64, i % 20).point(lambda v, i=i: min(255, v + i // 20))) for i in range(60)]
-    plain = [(i, j) for i in range(60) for j in range(i + 1, 60) if are_near(likes[i], likes[j])]
-    assert near_pairs(likes) == plain and len(plain) >= 20
+    shelves, found = Shelves(likes), []
+    for j in range(60):
+        found.append(shelves.first_near(j))
+        shelves.put(j)
+    assert found == [next((i for i in range(j) if are_near(likes[i], likes[j])), None) for j in range(60)]
+    assert sum(i is not None for i in found) >= 20
+
+
+def test_many_pictures_that_look_alike_are_no_square_of_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two thousand frames of one film: their pairs would be two million."""
+    like, compared = likeness(noise(64, 64, 1)), 0
+
+    def counted(a: Likeness, b: Likeness) -> bool:
+        nonlocal compared
+        compared += 1
+        return are_near(a, b)
+
+    monkeypatch.setattr("pipeline.dataset.duplicates.are_near", counted)
+    shelves = Shelves([like] * 2000)
+    for j in range(2000):
+        assert shelves.first_near(j) == (0 if j else None)
+        shelves.put(j)
+    assert compared == 1999
 
 
 def test_the_demo_dataset_holds_no_near_duplicates() -> None:
     folder = Path(__file__).resolve().parent.parent / "assets" / "demo-dataset"
     likes = [likeness(Image.open(path).convert("RGB")) for path in sorted(folder.glob("*.png"))]
-    assert len(likes) > 20 and near_pairs(likes) == []
+    assert len(likes) > 20 and not any(are_near(a, b) for i, a in enumerate(likes) for b in likes[:i])
 
 
 def test_duplicates_are_reported_and_dropped_on_request(folder: Path) -> None:
@@ -331,7 +352,8 @@ def test_near_duplicates_stay_on_one_side_and_new_pictures_move_none(folder: Pat
     after = {s.path: s.split for s in prepared.manifest.samples}
     assert prepared.left_out and all("held out" in r.reason for r in prepared.left_out)
     assert all(after.get(path, side) == side for path, side in before.items())
-    assert not [(a, b) for a, b in prepared.duplicates if a in after and b in after and after[a] != after[b]]
+    likes = {path: likeness(Image.open(folder / path)) for path in after}
+    assert not [(a, b) for a in after for b in after if after[a] != after[b] and are_near(likes[a], likes[b])]
     assert all(side == "train" for path, side in before.items() if path not in after)  # held-out pictures never vanish
 
 

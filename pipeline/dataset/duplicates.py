@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import merge
+from itertools import groupby
 
 import imagehash
 import numpy as np
@@ -40,17 +42,27 @@ def are_near(a: Likeness, b: Likeness) -> bool:
     return (a.bits ^ b.bits).bit_count() <= MAX_BITS and _levels_apart(a.thumbnail, b.thumbnail) <= MAX_LEVELS
 
 
-def near_pairs(likenesses: Sequence[Likeness]) -> list[tuple[int, int]]:
-    """All pairs (i, j), i < j, of near-duplicates, in order. Compares only those that share a band of their hashes."""
-    width = -(-64 // _BANDS)
-    shelves: dict[tuple[int, int], list[int]] = defaultdict(list)
-    pairs: set[tuple[int, int]] = set()
-    for j, like in enumerate(likenesses):
-        for band in range(_BANDS):
-            shelf = shelves[band, like.bits >> band * width & (1 << width) - 1]
-            pairs.update((i, j) for i in shelf if (i, j) not in pairs and are_near(likenesses[i], like))
-            shelf.append(j)
-    return sorted(pairs)
+class Shelves:
+    """Finds, among the pictures put into it, the first that is nearly the same as another. Looks only at those that share a band of
+    their hashes, and in their order: many that look alike are no more work than the first of them."""
+
+    def __init__(self, likenesses: Sequence[Likeness]) -> None:
+        self._likenesses = likenesses
+        self._shelves: dict[tuple[int, int], list[int]] = defaultdict(list)
+
+    def put(self, i: int) -> None:
+        """Take in picture `i`; in ascending order."""
+        for key in self._keys(i):
+            self._shelves[key].append(i)
+
+    def first_near(self, j: int) -> int | None:
+        """The first picture in here that is nearly the same as picture `j`."""
+        sharing = groupby(merge(*(self._shelves.get(key, ()) for key in self._keys(j))))
+        return next((i for i, _ in sharing if are_near(self._likenesses[i], self._likenesses[j])), None)
+
+    def _keys(self, i: int) -> list[tuple[int, int]]:
+        bits, width = self._likenesses[i].bits, -(-64 // _BANDS)
+        return [(band, bits >> band * width & (1 << width) - 1) for band in range(_BANDS)]
 
 
 def _levels_apart(a: bytes, b: bytes) -> float:

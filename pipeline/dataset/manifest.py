@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pipeline.dataset.geometry import Geometry
 from pipeline.dataset.source import Reject
-from pipeline.files import hash_json, write_json, write_text
+from pipeline.files import atomic_file, hash_json, write_json
 from pipeline.workspace import UNPACKED
 
 Split = Literal["train", "held-out"]
@@ -69,9 +69,9 @@ def write_manifest(out: Path, manifest: Manifest, rejects: Iterable[Reject], lef
     """Write `dataset.json`, `manifest.jsonl`, `rejects.jsonl` and `left-out.jsonl` into the folder `out`."""
     head = {"folder": manifest.folder, "trigger": manifest.trigger, "background": manifest.background}
     write_json(out / "dataset.json", head)
-    write_text(out / "manifest.jsonl", "".join(_line(asdict(s)) for s in manifest.samples))
-    write_text(out / "rejects.jsonl", "".join(_line(asdict(r)) for r in rejects))
-    write_text(out / "left-out.jsonl", "".join(_line(asdict(r)) for r in left_out))
+    _write_lines(out / "manifest.jsonl", manifest.samples)
+    _write_lines(out / "rejects.jsonl", rejects)
+    _write_lines(out / "left-out.jsonl", left_out)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -82,7 +82,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file. JSON lets U+2028 through, so lines end at `\\n` alone."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    with path.open(encoding="utf-8", newline="\n") as file:
+        return [json.loads(line) for line in file]
 
 
 def _sample(fields: dict[str, Any]) -> Sample:
@@ -91,5 +92,7 @@ def _sample(fields: dict[str, Any]) -> Sample:
     return Sample(**{**fields, "geometry": geometry, "mask": mask, "captions": tuple(fields["captions"])})
 
 
-def _line(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, sort_keys=True) + "\n"
+def _write_lines(path: Path, rows: Iterable[Sample | Reject]) -> None:
+    """One by one: the text of all of them would be as large as they are."""
+    with atomic_file(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(asdict(row), ensure_ascii=False, sort_keys=True) + "\n" for row in rows)

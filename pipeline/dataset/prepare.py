@@ -15,7 +15,7 @@ from PIL import Image
 
 from pipeline.config import Concept, Dataset
 from pipeline.dataset.captions import dress, variants, with_trigger
-from pipeline.dataset.duplicates import Likeness, likeness, near_pairs
+from pipeline.dataset.duplicates import Likeness, Shelves, likeness
 from pipeline.dataset.geometry import Geometry, bucket, fit, square
 from pipeline.dataset.images import BadImage, Picture, decode, hash_pixels, read_mask
 from pipeline.dataset.manifest import Manifest, Mask, Sample, split_of
@@ -41,7 +41,7 @@ class Prepared:
     manifest: Manifest
     rejects: list[Reject]  # cannot be used: counted against `dataset.max_rejected`
     left_out: list[Reject]  # could be used, but should not: duplicates
-    duplicates: list[tuple[str, str]]  # near-duplicate pairs, by path
+    duplicates: list[tuple[str, str]]  # each near-duplicate, after the first picture that it repeats; by path
     notes: list[Reject]  # used, with something that a person should know
 
 
@@ -322,22 +322,28 @@ def _hold_one_out(samples: list[Sample], settings: Dataset) -> list[Sample]:
 def _without_duplicates(
     samples: list[Sample], likenesses: dict[str, Likeness], settings: Dataset
 ) -> tuple[list[Sample], list[Reject], list[tuple[str, str]]]:
-    """Leave out later copies if asked to, and always what would carry a held-out picture into the training."""
-    pairs = near_pairs([likenesses[s.path] for s in samples])
+    """Leave out later copies if asked to, and always what would carry a held-out picture into the training. The pairs are each
+    near-duplicate's path after that of the first picture that it repeats."""
+    looks = [likenesses[s.path] for s in samples]
+    everyone, held_out, kept = Shelves(looks), Shelves(looks), {"train": Shelves(looks), "held-out": Shelves(looks)}
+    pairs: list[tuple[int, int]] = []
     gone: dict[int, str] = {}  # by place: two rows of an archive may hold one picture, and then share its path
-    if settings.duplicates == "drop":
-        for i, j in pairs:
-            if i not in gone and samples[i].split == samples[j].split:
-                gone.setdefault(j, f"nearly the same picture as {samples[i].path}")
-    for i, j in pairs:
-        if samples[i].split != samples[j].split:
-            ours, held_out = (i, j) if samples[i].split == "train" else (j, i)
-            gone.setdefault(
-                ours, f"nearly the same picture as {samples[held_out].path}, which is held out: losses would flatter"
-            )
-    kept = [s for i, s in enumerate(samples) if i not in gone]
-    left_out = [Reject(samples[i].path, gone[i]) for i in sorted(gone)]
-    return kept, left_out, [(samples[i].path, samples[j].path) for i, j in pairs]
+    for j, sample in enumerate(samples):
+        if (i := everyone.first_near(j)) is not None:
+            pairs.append((i, j))
+        everyone.put(j)
+        if sample.split == "held-out":
+            held_out.put(j)
+        if settings.duplicates == "drop":
+            if i is not None and (first := kept[sample.split].first_near(j)) is not None:
+                gone[j] = f"nearly the same picture as {samples[first].path}"
+            else:
+                kept[sample.split].put(j)
+    for j, sample in enumerate(samples):
+        if sample.split == "train" and j not in gone and (other := held_out.first_near(j)) is not None:
+            gone[j] = f"nearly the same picture as {samples[other].path}, which is held out: losses would flatter"
+    left_out = [Reject(samples[j].path, gone[j]) for j in sorted(gone)]
+    return [s for j, s in enumerate(samples) if j not in gone], left_out, [(samples[i].path, samples[j].path) for i, j in pairs]
 
 
 def _ahead(work: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:

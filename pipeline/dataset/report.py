@@ -73,7 +73,7 @@ def summarise(prepared: Prepared) -> dict[str, Any]:
         "rejected": len(prepared.rejects),
         "rejected_by_reason": _by_reason(r.reason for r in prepared.rejects),
         "left_out": len(prepared.left_out),
-        "near_duplicate_pairs": len(prepared.duplicates),
+        "near_duplicates": len(prepared.duplicates),
         "notes_by_reason": _by_reason(r.reason for r in prepared.notes),
         "sizes": _counted(f"{w}×{h}" for w, h in (s.geometry.size for s in samples)),
         "original_megapixels": _counted(_megapixels(s) for s in samples),
