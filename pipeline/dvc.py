@@ -11,6 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -19,7 +20,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from pipeline import live
-from pipeline.dvc_process import Waiting
+from pipeline.dvc_process import Waiting, answer
 from pipeline.errors import UserError
 from pipeline.files import hash_file, hash_tree
 from pipeline.lock import held, refusal
@@ -117,14 +118,16 @@ def status(workspace: Workspace, asked: subprocess.Popen[str], pending: Sequence
         UserError: DVC cannot tell.
         AlreadyRunning: since a stage runs.
     """
-    declared, locked, current = declarations(workspace), workspace.recorded(), _yaml(workspace.params)  # while DVC looks
-    answer, complaint = asked.communicate()
+    with ThreadPoolExecutor(1) as beside:  # while DVC looks; what cannot be read is DVC's to tell
+        files = beside.submit(lambda: (declarations(workspace), workspace.recorded(), _yaml(workspace.params)))
+        told, complaint = answer(asked)
     try:
-        changed: dict[str, list[Any]] = json.loads(answer)
+        changed: dict[str, list[Any]] = json.loads(told)
     except json.JSONDecodeError:
         with sole_run(workspace):  # where somebody runs, say who
             _refuse_beside_dvc(workspace)
-        raise UserError(f"dvc status failed: {(complaint or answer).strip()}") from None
+        raise UserError(f"dvc status failed: {(complaint or told).strip()}") from None
+    declared, locked, current = files.result()
     lasting = {e["stage"]: e["seconds"] for e in journal(workspace) if e["outcome"] == "done"}
     statuses: list[StageStatus] = []
     producer: dict[str, str] = {}

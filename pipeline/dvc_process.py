@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -29,8 +30,18 @@ def start(root: Path, *arguments: str, **more: str) -> subprocess.Popen[str]:
 def call(root: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     """As `start`, to its end; whether it went well is for the caller to ask."""
     process = start(root, *arguments, **more)
-    out, err = process.communicate()
+    out, err = answer(process)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def answer(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """What a process said by its end; it does not outlive us where we are interrupted."""
+    with process:
+        try:
+            return process.communicate()
+        except BaseException:
+            process.kill()
+            raise
 
 
 class Waiting:
@@ -56,17 +67,18 @@ class Waiting:
         os.close(reading)
 
     def tell(self, *arguments: str, **more: str) -> None:
-        """Let it work: DVC with these arguments, `more` in its environment."""
-        with os.fdopen(self._writing, "w", encoding="utf-8") as pipe:
+        """Let it work: DVC with these arguments, `more` in its environment. One that could not load ends as it would have."""
+        writing, self._writing = self._writing, -1
+        with contextlib.suppress(BrokenPipeError), os.fdopen(writing, "w", encoding="utf-8") as pipe:
             json.dump({"arguments": [*_ALWAYS, *arguments], "environment": more}, pipe)
-        self._writing = -1
 
     def __enter__(self) -> Waiting:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._writing >= 0:
+        if self._writing >= 0:  # never told, and nothing done: it need not load to its end
             os.close(self._writing)
+            self.process.kill()
         self.process.wait()
 
 

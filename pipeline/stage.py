@@ -151,14 +151,29 @@ def run_stage(name: str, body: Callable[[Stage], None], after: Callable[[Stage],
 
 def declared(workspace: Workspace, name: str) -> Declaration:
     """The stage's entry in `dvc.yaml`, with `${section.key}` filled in from `params.yaml`."""
-    return declarations(workspace)[name]
+    stages, values = _stages(workspace)
+    return _declaration(stages[name], values)
 
 
 def declarations(workspace: Workspace) -> dict[str, Declaration]:
     """All stages of `dvc.yaml`, in its order."""
+    stages, values = _stages(workspace)
+    return {name: _declaration(entry, values) for name, entry in stages.items()}
+
+
+def _stages(workspace: Workspace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The entries of `dvc.yaml`, and all of `params.yaml`.
+
+    Raises:
+        UserError: this is no project's folder.
+    """
+    if not workspace.dvc_yaml.is_file():
+        raise UserError(
+            f"there is no dvc.yaml in {workspace.root}: go to the project's folder, or make one with `reprolora init DIR`"
+        )
     document = YAML(typ="safe").load(workspace.dvc_yaml.read_text(encoding="utf-8"))
-    values = YAML(typ="safe").load(workspace.params.read_text(encoding="utf-8")) or {}
-    return {name: _declaration(entry, values) for name, entry in document["stages"].items()}
+    values = YAML(typ="safe").load(workspace.params.read_text(encoding="utf-8"))
+    return document["stages"], values or {}
 
 
 def _declaration(entry: dict[str, Any], values: dict[str, Any]) -> Declaration:

@@ -8,8 +8,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-
 
 @dataclass(frozen=True)
 class Workspace:
@@ -98,5 +96,7 @@ DIST = Path("dist/adapter")
 @lru_cache(maxsize=1)
 def _stages_of(lock: str) -> dict[str, Any]:
     """Kept, since a run without work reads the same text before and after."""
+    from ruamel.yaml import YAML  # `status` starts DVC before it is imported
+
     stages: dict[str, Any] = (YAML(typ="safe").load(lock) or {}).get("stages", {})
     return stages

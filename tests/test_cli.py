@@ -76,6 +76,17 @@ def test_bad_input_is_one_message_and_exit_2(project: Project, spoil: object, sa
     assert not project.path("build").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "text"), [("params.yaml", "a: [1\nb: 2\n"), ("dvc.lock", "<<<<<<< HEAD\na: 1\n"), ("dvc.yaml", None)]
+)
+def test_status_of_what_cannot_be_read_is_one_message(project: Project, name: str, text: str | None) -> None:
+    if text is None:
+        project.path(name).unlink()
+    else:
+        project.path(name).write_text(text)
+    assert name in refused(project, "status")
+
+
 def test_a_base_that_is_no_model(project: Project) -> None:
     project.set("model", base="data")
     message = refused(project, "run", "precompute-latents-and-embeddings")
