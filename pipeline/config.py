@@ -317,6 +317,7 @@ class Validate(Section):
     inference_steps: Annotated[int, Field(ge=1, le=1000)] = 25
     guidance_scale: Annotated[float, Field(ge=1, le=50)] = 7.5
     batch_size: PositiveInt = 4
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     loss_timesteps: Annotated[int, Field(ge=1, le=1000)] = 8
     loss_samples: PositiveInt = 64
     clip_model: str | None = None

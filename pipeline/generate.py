@@ -43,7 +43,7 @@ def generate(
     model, settings = params.model, params.validate_
     device = pick_device(params.runtime.device)
     kind, base = family(model.family), resolve(base_source(model), workspace.root)
-    pipeline = kind.load_pipeline(base, device, torch.float32)
+    pipeline = kind.load_pipeline(base, device, getattr(torch, settings.dtype))
     use_scheduler(pipeline, settings.scheduler, sampling_changes(model.prediction, model.zero_terminal_snr))
     if not bare:
         load_into(pipeline, path, scale, kind.base_version(base).layers_per_block)

@@ -17,7 +17,7 @@ from pipeline.base_model import base_source
 from pipeline.config import load_params
 from pipeline.device import pick_device
 from pipeline.errors import UserError
-from pipeline.evaluate.sampling import clip_skip_can_be, sampling_changes, use_scheduler
+from pipeline.evaluate.sampling import clip_skip_can_be, decode_latents, sampling_changes, use_scheduler
 from pipeline.export.adapter_file import load_into, read_adapter
 from pipeline.export.peft_format import strip
 from pipeline.families import family
@@ -45,8 +45,7 @@ class Studio:
         model, self.side = self.params.model, self.params.dataset.resolution
         self.kind, base = family(model.family), resolve(base_source(model), workspace.root)
         device = pick_device(self.params.runtime.device)
-        dtype = torch.float16 if device.type == "cuda" else torch.float32
-        self.pipeline: Any = self.kind.load_pipeline(base, device, dtype)
+        self.pipeline: Any = self.kind.load_pipeline(base, device, getattr(torch, self.params.validate_.dtype))
         changes = sampling_changes(model.prediction, model.zero_terminal_snr)
         use_scheduler(self.pipeline, self.params.validate_.scheduler, changes)
         self.pipeline.set_progress_bar_config(disable=True)
@@ -88,7 +87,7 @@ class Studio:
 
     def _picture(self, wish: Wish) -> Image.Image:
         with clip_skip_can_be(self.pipeline.text_encoder):
-            image: Image.Image = self.pipeline(
+            latents: torch.Tensor = self.pipeline(
                 prompt=wish.prompt,
                 negative_prompt=wish.negative_prompt or None,
                 num_inference_steps=wish.steps,
@@ -97,8 +96,9 @@ class Studio:
                 height=self.side,
                 clip_skip=self.params.encode.clip_skip or None,
                 generator=torch.Generator("cpu").manual_seed(wish.seed),
-            ).images[0]
-        return image
+                output_type="latent",
+            ).images
+        return decode_latents(self.pipeline, latents)[0]
 
 
 def save(image: Image.Image, wish: Wish, path: Path) -> Path:

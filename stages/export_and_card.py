@@ -52,7 +52,8 @@ def main(stage: Stage) -> None:
     model = resolve(stage.source(), root)
     version = _as_trained(kind.base_version(model), params.model.prediction)
 
-    pipeline = kind.load_pipeline(model, pick_device(params.runtime.device), torch.float32)
+    base_dtype = getattr(torch, validation["settings"]["dtype"])
+    pipeline = kind.load_pipeline(model, pick_device(params.runtime.device), base_dtype)
     published = pipeline.scheduler
     use_scheduler(pipeline, "base" if kind.objective(model).prediction == "flow" else "ddim")
     components = [kind.denoiser_key, *training["text_components"]]
@@ -62,13 +63,13 @@ def main(stage: Stage) -> None:
     files = _write(stage, out, trained.adapter, kind, version, training, lineage)
     dtype = getattr(torch, params.export.dtype)
     stage.stop.check()
-    reloaded = reload_all(pipeline, components, trained, files, dtype, version.layers_per_block, probe)
+    reloaded = reload_all(pipeline, components, trained, files, dtype, base_dtype, version.layers_per_block, probe)
     for file in reloaded:
-        say(
-            f"  {file.file}: loaded by {file.loader}, ΔW within {file.delta_error:.1e}, picture within {file.picture_error:.1e}"
-        )
+        say(f"  {file.file}: loaded by {file.loader}, ΔW within {file.delta_error:.1e}, picture within {file.drawn_error:.1e}")
     if params.export.merge:
         stage.stop.check()
+        if base_dtype != torch.float32:  # what is added to rounded weights is mostly rounded away
+            pipeline = kind.load_pipeline(model, torch.device("cpu"), torch.float32)
         _inject(pipeline, kind, training, root)
         pipeline.scheduler = published
         use_scheduler(pipeline, "base", sampling_changes(params.model.prediction, params.model.zero_terminal_snr))

@@ -90,7 +90,7 @@ def main(stage: Stage) -> None:
     index = encodings.index
     ours = {split: [s for s in encodings.samples(split) if not s.regularisation] for split in ("held-out", "train")}
     width, height = Counter(s.size for s in ours["train"] or index.samples).most_common(1)[0][0]
-    pipeline = kind.load_pipeline(model, device, torch.float32)
+    pipeline = kind.load_pipeline(model, device, getattr(torch, settings.dtype))
     use_scheduler(pipeline, settings.scheduler, sampling_changes(params.model.prediction, params.model.zero_terminal_snr))
     denoiser = getattr(pipeline, kind.denoiser_key).eval()
     objective = overridden(kind.objective(model), params.model.prediction, params.model.zero_terminal_snr)
@@ -118,15 +118,14 @@ def main(stage: Stage) -> None:
     plain = len(settings.untriggered_prompts) * len(settings.seeds)
     shots = len(settings.prompts) * len(settings.seeds)
     total = shots * len(scales) + 2 * plain + 2 * forwards + (forwards + shots + plain) * len(snapshots)
+    text = {name: getattr(pipeline, name) for name in training["text_components"]}
+    if text:  # both are asked through the same encoders
+        judge.live = LiveText(kind, kind.text_encoders_of(pipeline), text, index.caption_chunks, index.clip_skip)
     with progress("sampling and measuring", total, "items") as bar:
         losses = judge.losses("base_", bar)
         judge.draw([*_shots(settings, 0.0), *_plain(settings, 0.0)], judge.samples, bar)  # the untouched base
-        text = {name: getattr(pipeline, name) for name in training["text_components"]}
         weights = read_safetensors(root / ADAPTER / "adapter.safetensors")
         networks = lora.inject_trained(denoiser, text, training, weights)
-        if text:
-            encoders = kind.text_encoders_of(pipeline)
-            judge.live = LiveText(kind, encoders, text, index.caption_chunks, index.clip_skip)
         losses |= judge.losses("", bar)
         for scale in settings.scales:
             _weigh(networks, scale)
@@ -171,6 +170,9 @@ def main(stage: Stage) -> None:
     ]
     for row, then in zip(rows, on_the_way, strict=True):
         row["memorised_share"] = len(copies(then.adapted, then.train)) / len(then.adapted)
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            part.to("meta")  # gone: room for those that follow
     matches: list[Match] = []
     if settings.clip_model:
         clip = Clip(resolve(ModelSource(settings.clip_model, settings.clip_revision), root, "validate.clip_model"), device)

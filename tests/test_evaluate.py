@@ -14,6 +14,7 @@ import torch
 from encoded import encode_folder
 from PIL import Image
 
+from pipeline import lora
 from pipeline.config import Threshold
 from pipeline.diffusion import Ddpm
 from pipeline.errors import UserError
@@ -144,6 +145,33 @@ def test_every_scheduler_draws(scheduler: str, sd_folder: Path, tmp_path: Path) 
     with progress("", 0, "") as bar:
         draw_shots(pipeline, [Shot("a", 0, 0.0)], Sampler(scheduler, 3, 1.0, "", 32, 32), 1, tmp_path, lambda: None, bar)
     assert Image.open(next(tmp_path.glob("*.png"))).size == (32, 32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3"])
+def test_a_base_in_half_precision_draws_and_measures_nearly_the_same(
+    name: str, dtype: torch.dtype, request: pytest.FixtureRequest, pictures_folder: Path, tmp_path: Path
+) -> None:
+    """The VAE stays in float32 whatever the rest is in; nothing of the types' meeting raises."""
+    folder = request.getfixturevalue(f"{name}_folder")
+    kind, model = family(name), LocalModel(folder, None, None)
+    encodings, _ = encode_folder(pictures_folder, folder, tmp_path / "store", tmp_path / "out", name=name)
+    drawn, losses = [], []
+    for i, wanted in enumerate((torch.float32, dtype)):
+        pipeline = kind.load_pipeline(model, CPU, wanted)
+        use_scheduler(pipeline, "base" if name == "sd3" else "ddim")
+        denoiser = getattr(pipeline, kind.denoiser_key)
+        assert next(pipeline.vae.parameters()).dtype == torch.float32 and next(denoiser.parameters()).dtype == wanted
+        lora.inject(denoiser, lora.LoraSpec(2, 2.0, 0.0, kind.lora_targets["attention"]), 0)
+        with progress("", 0, "") as bar:
+            sampler = Sampler("ddim", 3, 2.0, "", 32, 32)
+            draw_shots(pipeline, [Shot("a red circle", 0, 1.0)], sampler, 1, tmp_path / str(i), lambda: None, bar)
+            questions = Questions(encodings.index.samples[:3], 3)
+            objective = kind.objective(model)
+            losses.append(mean_loss(denoiser, kind, objective, encodings, questions, 4, CPU, lambda: None, bar))
+        drawn.append(np.asarray(Image.open(next((tmp_path / str(i)).glob("*.png"))), np.float32))
+    assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[0] != losses[1]
+    assert 0 < np.abs(drawn[0] - drawn[1]).mean() < 6  # of 255
 
 
 def test_names_tell_shots_apart() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from finished import TRIGGER, export, finish
-from project import Project
+from project import Project, make_project
 from safetensors.torch import load_file
 
 import stages.export_and_card as stage_code
@@ -27,8 +27,6 @@ from pipeline.safetensors_file import write_safetensors
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, sd_folder: Path, clip_folder: Path, pictures_folder: Path) -> Project:
-    from project import make_project
-
     root = tmp_path_factory.mktemp("finished") / "p"
     project = finish(make_project(root, sd_folder, clip_folder, pictures_folder), license="apache-2.0", tags=["glow"])
     export(project)
@@ -80,12 +78,16 @@ def test_two_exports_are_byte_identical(finished: Project) -> None:
     assert hash_tree(finished.path("dist/adapter")) == before
 
 
+@pytest.mark.parametrize("judged_in", ["float32", "bfloat16"])
 def test_float16_is_within_rounding_and_merge_draws_the_same(
-    new_project: Callable[[], Project], capsys: pytest.CaptureFixture[str]
+    new_project: Callable[[], Project], capsys: pytest.CaptureFixture[str], judged_in: str
 ) -> None:
+    """Merged into the base in float32, whatever it was judged in."""
     from diffusers import StableDiffusionPipeline
 
-    project = finish(new_project(), dtype="float16", merge=True, formats=["kohya"])
+    project = new_project()
+    project.set("validate", dtype=judged_in)
+    finish(project, dtype="float16", merge=True, formats=["kohya"])
     dist = export(project)
     assert "tiny.safetensors: loaded by diffusers" in capsys.readouterr().out
     assert not (dist / "pytorch_lora_weights.safetensors").exists()
@@ -139,6 +141,17 @@ def test_the_header_says_what_the_base_was_trained_to_predict(new_project: Calla
     dist = export(finish(project))
     header = read_metadata(dist / "tiny.safetensors")
     assert header["ss_base_model_version"] == "sd_v1_v" and header["modelspec.prediction_type"] == "v"
+
+
+def test_the_files_of_an_sdxl_say_that_they_are(
+    tmp_path: Path, sdxl_folder: Path, clip_folder: Path, pictures_folder: Path
+) -> None:
+    project = make_project(tmp_path / "sdxl", sdxl_folder, clip_folder, pictures_folder)
+    project.set("model", family="sdxl")
+    for path in export(finish(project)).glob("*.safetensors"):
+        header = read_metadata(path)
+        assert header["ss_base_model_version"] == "sdxl_base_v1-0"
+        assert header["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
 
 
 @pytest.mark.parametrize(
@@ -231,8 +244,6 @@ def test_the_base_is_called_what_other_programs_call_it(
 def test_sd3_is_exported_for_diffusers(
     tmp_path: Path, sd3_folder: Path, clip_folder: Path, pictures_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from project import make_project
-
     project = make_project(tmp_path / "sd3", sd3_folder, clip_folder, pictures_folder)
     project.set("model", family="sd3")
     project.set("validate", scheduler="base")

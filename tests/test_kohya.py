@@ -14,6 +14,7 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from pipeline import lora
 from pipeline.errors import UserError
 from pipeline.export.adapter import Adapter, Layer, combined, delta, layer_of, resized
 from pipeline.export.diffusers_format import adapter_of_diffusers, diffusers_tensors
@@ -21,6 +22,8 @@ from pipeline.export.kohya_format import adapter_of_kohya, kohya_tensors
 from pipeline.export.kohya_names import diffusers_path, kohya_name, layer_name, original_path
 from pipeline.export.peft_format import adapter_of_modules, attach, strip
 from pipeline.families import family
+from pipeline.model_source import LocalModel
+from pipeline.safetensors_file import write_safetensors
 
 FAMILY_OF = {"sd1": "sd", "sd2": "sd", "sdxl": "sdxl"}
 CONFIGS = {
@@ -182,6 +185,27 @@ def test_several_adapters_add_up() -> None:
         combined([(a, 1.0), (adapter_of_modules({"unet": trained("dora")}), 1.0)])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_base_in_half_precision_tells_the_adapter_from_another(sd_folder: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    from pipeline.export.kohya_format import write_kohya
+    from pipeline.export.reload import Probe, observe, reload_all
+
+    kind = family("sd")
+    pipeline = kind.load_pipeline(LocalModel(sd_folder, None, None), torch.device("cpu"), dtype)
+    for parameter in lora.inject(pipeline.unet, lora.LoraSpec(2, 4.0, 0.0, ("to_q", "to_out.0")), 0):
+        parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1
+    seen, path = observe(pipeline, ["unet"], Probe("a red circle", 32, 32)), tmp_path / "k.safetensors"
+    write_kohya(path, seen.adapter, kind.kohya, 2, torch.float32, {})
+    (found,) = reload_all(pipeline, ["unet"], seen, [path], torch.float32, dtype, 2, Probe("a red circle", 32, 32))
+    assert found.delta_error < {torch.float16: 4e-3, torch.bfloat16: 2e-2}[dtype]
+    tensors = kohya_tensors(seen.adapter, kind.kohya)
+    name = next(key for key in tensors if "lora_up" in key)
+    tensors[name] = tensors[name] * 1.1
+    write_safetensors(path, tensors)
+    with pytest.raises(UserError, match="is not what was trained"):
+        reload_all(pipeline, ["unet"], seen, [path], torch.float32, dtype, 2, Probe("a red circle", 32, 32))
+
+
 def test_half_a_layer_and_foreign_names_are_refused() -> None:
     with pytest.raises(UserError, match=r"no lora_up\.weight"):
         layer_of({"lora_down.weight": torch.ones(2, 4)}, None, "x")
@@ -214,7 +238,7 @@ def test_the_file_of_an_sdxl_with_text_encoders_loads_in_diffusers(sdxl_folder: 
     write_kohya(tmp_path / "k.safetensors", seen.adapter, family("sdxl").kohya, 1, torch.float32, {})
     write_diffusers(tmp_path / "d.safetensors", seen.adapter, torch.float32, {})
     paths = [tmp_path / "k.safetensors", tmp_path / "d.safetensors"]
-    found = reload_all(pipeline, components, seen, paths, torch.float32, 1, Probe("a red circle", 32, 32))
+    found = reload_all(pipeline, components, seen, paths, torch.float32, torch.float32, 1, Probe("a red circle", 32, 32))
     assert [f.loader for f in found] == ["diffusers", "diffusers"]
     assert max(f.delta_error for f in found) < 1e-6
 
@@ -251,13 +275,11 @@ def test_every_kind_is_loaded_again_and_draws_the_same(
     else:
         with pytest.raises(UserError, match="diffusers' loader knows no lo"):
             write_diffusers(tmp_path / "d.safetensors", seen.adapter, torch.float32, {})
-    found = reload_all(pipeline, ["unet", "text_encoder"], seen, paths, torch.float32, 1, probe)
+    found = reload_all(pipeline, ["unet", "text_encoder"], seen, paths, torch.float32, torch.float32, 1, probe)
     assert [f.loader for f in found] == loaders_of
-    assert all(f.picture_error < 1e-4 for f in found)
+    assert all(f.drawn_error < 1e-4 for f in found)
     if config == "dora":  # a file that lost its scales is told, not drawn
         bare = {k: t for k, t in kohya_tensors(seen.adapter, family("sd").kohya).items() if not k.endswith("dora_scale")}
-        from pipeline.safetensors_file import write_safetensors
-
         write_safetensors(paths[0], bare)
         with pytest.raises(UserError, match="without the DoRA scale"):
-            reload_all(pipeline, ["unet", "text_encoder"], seen, paths[:1], torch.float32, 1, probe)
+            reload_all(pipeline, ["unet", "text_encoder"], seen, paths[:1], torch.float32, torch.float32, 1, probe)

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from pipeline.errors import UserError
 from pipeline.files import hash_json
-from pipeline.progress import Bar
+from pipeline.progress import Bar, say
 
 _SCHEDULERS = {
     "ddim": ("diffusers.schedulers.scheduling_ddim", "DDIMScheduler"),
@@ -111,7 +112,7 @@ def _draw(pipeline: Any, shots: Sequence[Shot], sampler: Sampler) -> list[Image.
     generators = [torch.Generator("cpu").manual_seed(shot.seed) for shot in shots]
     guided = sampler.guidance_scale > 1
     with clip_skip_can_be(pipeline.text_encoder):
-        images: list[Image.Image] = pipeline(
+        latents: torch.Tensor = pipeline(
             prompt=[shot.prompt for shot in shots],
             negative_prompt=[sampler.negative_prompt] * len(shots) if guided else None,
             num_inference_steps=sampler.steps,
@@ -120,8 +121,16 @@ def _draw(pipeline: Any, shots: Sequence[Shot], sampler: Sampler) -> list[Image.
             height=sampler.height,
             clip_skip=sampler.clip_skip or None,
             generator=generators,
+            output_type="latent",
         ).images
-    return images
+    if not torch.isfinite(latents).all():
+        if any(shot.scale for shot in shots):
+            say(f"  what the adapter draws is not finite: black pictures, as of {shots[0].prompt[:60]!r}")
+        else:
+            raise UserError(
+                f"the base draws nothing finite in {str(latents.dtype).removeprefix('torch.')}: set validate.dtype to bfloat16 or float32"
+            )
+    return decode_latents(pipeline, latents)
 
 
 @contextmanager

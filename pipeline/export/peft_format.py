@@ -99,7 +99,7 @@ def attach(module: nn.Module, layers: Mapping[str, Layer], adapter: str, scale: 
                 if adapter in held:
                     del held[adapter]
                 if part in layer.parts:
-                    held[adapter] = nn.Parameter(layer.parts[part].to(like.device, like.dtype), requires_grad=False)
+                    held[adapter] = nn.Parameter(layer.parts[part].float().to(like.device), requires_grad=False)
             wrapped.r[adapter], wrapped.scaling[adapter] = layer.rank, layer.scale * scale
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,16 +15,16 @@ from pipeline.export.adapter import Adapter, delta
 from pipeline.export.adapter_file import load_into
 from pipeline.export.peft_format import adapter_of_modules, module_path, strip, tuner_layers
 
-# relative error of ΔW in the Frobenius norm, per layer, and of a picture as a share of what the adapter changes in it: a
+# relative error of ΔW in the Frobenius norm, per layer, and of drawn latents as a share of what the adapter changes in them: a
 # product of two rounded factors errs by about 2 ε, and two denoising steps multiply that by a few
 _DELTA = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
-_PICTURE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1.5e-1}
-_NOISE = 1e-4  # of a picture in [0, 1]: float32's own
+_DRAWN = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1.5e-1}
+_NOISE = 1e-4  # of latents of deviation 1: float32's own
 
 
 @dataclass(frozen=True)
 class Probe:
-    """The picture that every copy draws."""
+    """What every copy draws: latents, which need no VAE."""
 
     prompt: str
     width: int
@@ -40,7 +39,7 @@ class Reloaded:
     file: str
     loader: str
     delta_error: float  # the worst layer's
-    picture_error: float
+    drawn_error: float  # mean difference of the latents
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Trained:
     """The adapter as it was in the pipeline that it was trained for."""
 
     adapter: Adapter
-    picture: np.ndarray
+    latents: Tensor  # (C, h, w), float32 on the CPU
 
 
 def observe(pipeline: Any, components: Sequence[str], probe: Probe) -> Trained:
@@ -69,6 +68,7 @@ def reload_all(
     trained: Trained,
     files: Sequence[Path],
     dtype: torch.dtype,
+    base_dtype: torch.dtype,
     layers_per_block: int,
     probe: Probe,
 ) -> list[Reloaded]:
@@ -77,25 +77,26 @@ def reload_all(
     Args:
         pipeline: the base, with or without adapters in it.
         components: of the pipeline, that can carry adapters.
-        dtype: what the files are written in; settles what difference is rounding.
+        dtype, base_dtype: of the files and of the base; they settle what difference is rounding. What is drawn with a base that is
+            not in float32 is told and not judged: rounding on the way is as large as what a weak adapter changes.
 
     Raises:
-        UserError: a file gives another ΔW or another picture.
+        UserError: a file gives another ΔW or draws another picture.
     """
     modules = {name: getattr(pipeline, name) for name in components}
     for module in modules.values():
         strip(module)
     base = _draw(pipeline, probe)
-    effect = float(np.abs(trained.picture - base).mean())
+    effect = float((trained.latents - base).abs().mean())
     found = []
     for path in files:
         try:
             loader = load_into(pipeline, path, 1.0, layers_per_block)
         except Exception as error:  # whatever a loader makes of a file that it does not understand
             raise UserError(f"{path.name} was written, but cannot be loaded: {error}") from error
-        worst = _compare(modules, trained.adapter, "reprolora", _DELTA[dtype], path.name)
-        off = float(np.abs(_draw(pipeline, probe) - trained.picture).mean())
-        if not off <= max(_NOISE, _PICTURE[dtype] * effect):  # a NaN is no match
+        worst = _compare(modules, trained.adapter, "reprolora", max(_DELTA[dtype], _DELTA[base_dtype]), path.name)
+        off = float((_draw(pipeline, probe) - trained.latents).abs().mean())
+        if base_dtype == torch.float32 and not off <= max(_NOISE, _DRAWN[dtype] * effect):  # a NaN is no match
             raise UserError(
                 f"{path.name} was written, but draws another picture than the trained adapter: mean difference {off:.2g}, "
                 f"where the adapter itself changes {effect:.2g}"
@@ -137,21 +138,21 @@ def _error(got: Tensor, expected: Tensor, tolerance: float, what: str) -> float:
     if not error <= tolerance:  # a NaN is no match
         raise UserError(
             f"{what} is not what was trained: it differs by {error:.2g} of its size, where rounding explains {tolerance:.2g}. "
-            "Values too small for export.dtype do this: try float32"
+            "Values too small for export.dtype or validate.dtype do this: try float32"
         )
     return error
 
 
 @torch.inference_mode()
-def _draw(pipeline: Any, probe: Probe) -> np.ndarray:
+def _draw(pipeline: Any, probe: Probe) -> Tensor:
     pipeline.set_progress_bar_config(disable=True)
-    image = pipeline(
+    latents: Tensor = pipeline(
         prompt=probe.prompt,
         num_inference_steps=probe.steps,
         guidance_scale=1.0,
         width=probe.width,
         height=probe.height,
         generator=torch.Generator("cpu").manual_seed(0),
-        output_type="np",
+        output_type="latent",
     ).images[0]
-    return np.asarray(image, dtype=np.float32)
+    return latents.float().cpu()

@@ -40,16 +40,19 @@ def load_vae(model: LocalModel, device: torch.device, dtype: torch.dtype) -> nn.
     vae = AutoencoderKL.from_pretrained(
         source.path, subfolder=folder, variant=source.variant, dtype=dtype, use_safetensors=True, local_files_only=True
     )
+    if vae.config.get("latents_mean") is not None or vae.config.get("latents_std") is not None:
+        raise UserError(
+            f"the VAE in {source.path} shifts each channel of its latents on its own (latents_mean, latents_std), as Playground 2.5's does, "
+            "which is not done here: take another base, or another VAE with model.vae"
+        )
     frozen: nn.Module = vae.requires_grad_(False).eval().to(device)
     return frozen
 
 
-def given_parts(
-    model: LocalModel, device: torch.device, dtype: torch.dtype, loaded: dict[str, nn.Module | None]
-) -> dict[str, nn.Module]:
+def given_parts(model: LocalModel, device: torch.device, loaded: dict[str, nn.Module | None]) -> dict[str, nn.Module]:
     """What a pipeline is to take instead of the base's own: a VAE of the user's, and what is loaded already."""
     parts = {name: module for name, module in loaded.items() if module is not None}
-    return parts if model.vae is None else {**parts, "vae": load_vae(model, device, dtype)}
+    return parts if model.vae is None else {**parts, "vae": load_vae(model, device, torch.float32)}
 
 
 def encode_with_vae(vae: Any, pixels: Tensor) -> Posterior:

@@ -89,13 +89,13 @@ class StableDiffusion:
         pipeline = StableDiffusionPipeline.from_pretrained(
             model.path,
             variant=model.variant,
-            dtype=dtype,
+            dtype={"vae": torch.float32, "default": dtype},
             use_safetensors=True,
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
             local_files_only=True,
-            **given_parts(model, device, dtype, {self.denoiser_key: denoiser}),
+            **given_parts(model, device, {self.denoiser_key: denoiser}),
         )
         return pipeline.to(device)
 

@@ -147,10 +147,10 @@ class StableDiffusion3:
         pipeline = StableDiffusion3Pipeline.from_pretrained(
             model.path,
             variant=model.variant,
-            dtype=dtype,
+            dtype={"vae": torch.float32, "default": dtype},
             use_safetensors=True,
             local_files_only=True,
-            **given_parts(model, device, dtype, {self.denoiser_key: denoiser}),
+            **given_parts(model, device, {self.denoiser_key: denoiser}),
         )
         return pipeline.to(device)
 

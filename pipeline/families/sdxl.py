@@ -97,11 +97,11 @@ class StableDiffusionXL:
         pipeline = StableDiffusionXLPipeline.from_pretrained(
             model.path,
             variant=model.variant,
-            dtype=dtype,
+            dtype={"vae": torch.float32, "default": dtype},
             use_safetensors=True,
             add_watermarker=False,
             local_files_only=True,
-            **given_parts(model, device, dtype, {self.denoiser_key: denoiser}),
+            **given_parts(model, device, {self.denoiser_key: denoiser}),
         )
         return pipeline.to(device)
 
