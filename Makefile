@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-all test-extras lint bench bench-data clean setup
+.PHONY: demo test test-all test-extras defects lint bench bench-data clean setup
 
 demo: .venv/ready
 	$(BIN)/python cli.py run
@@ -20,7 +20,11 @@ test-extras: .venv/ready
 	echo "$(CURDIR)/$$(echo .venv/lib/python*/site-packages)" > $$(echo .venv-extras/lib/python*/site-packages)/base.pth
 	.venv-extras/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt bitsandbytes gradio tensorboard wandb \
 		dvc-s3 'moto[server]' optuna
-	.venv-extras/bin/python -m pytest tests/test_bases.py tests/test_play.py tests/test_boards.py tests/test_share_s3.py tests/test_search.py
+	.venv-extras/bin/python -m pytest tests/test_8bit.py tests/test_play.py tests/test_boards.py tests/test_share_s3.py tests/test_search.py
+
+# does each test of a known defect see it? By putting the defect back
+defects: .venv/ready
+	$(BIN)/python tests/defects.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .

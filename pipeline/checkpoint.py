@@ -108,14 +108,18 @@ def _load(path: Path) -> Checkpoint:
 
 
 def _split(optimiser: dict[Any, Any]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """Tensors under `<parameter>.<name>` or `group<i>.<name>`, and plain numbers apart. bitsandbytes nests its own: `<name>/<part>`."""
+    """Tensors under `<parameter>.<name>` or `group<i>.<name>`, and plain numbers apart. bitsandbytes nests its own: `<name>/<part>`, and
+    shares its tables between parameters, which a file of tensors cannot: each has a copy."""
     tensors: dict[str, Tensor] = {}
+    held: set[int] = set()
     numbers: dict[str, dict[str, Any]] = {}
     for index, values in optimiser.items():
         nested = {f"{n}/{part}": v for n, inner in values.items() if isinstance(inner, dict) for part, v in inner.items()}
         for name, value in {**{n: v for n, v in values.items() if not isinstance(v, dict)}, **nested}.items():
             if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{name}"] = value
+                shared = value.untyped_storage().data_ptr() in held
+                held.add(value.untyped_storage().data_ptr())
+                tensors[f"{index}.{name}"] = value.clone() if shared else value
             else:
                 numbers.setdefault(str(index), {})[name] = value
     return tensors, numbers

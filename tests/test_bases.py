@@ -1,4 +1,4 @@
-"""Bases in other forms: a single file in the original layout, a VAE of one's own, 8 and 4 bits."""
+"""Bases in other forms: a single file in the original layout, a VAE of one's own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 from project import Project
 from safetensors.torch import load_file, save_file
 
-from pipeline import lora
 from pipeline.base_model import base_source
 from pipeline.config import load_params
 from pipeline.errors import UserError
@@ -146,37 +145,6 @@ def test_a_vae_of_ones_own_changes_the_latents_and_nothing_else(sd_folder: Path,
     source = base_source(load_params(project.path("params.yaml")).model)
     with pytest.raises(UserError, match=r"model.vae: the files of .* are not the pinned ones"):
         resolve(source, project.root)
-
-
-@pytest.mark.parametrize(("kind", "tolerance"), [("int8", 0.05), ("nf4", 0.4)])
-def test_a_quantised_base_is_near_the_base_and_its_adapter_learns(sd_folder: Path, kind: str, tolerance: float) -> None:
-    pytest.importorskip("bitsandbytes", reason="pip install '.[8bit]'; .ci/run does, for this test alone")
-    model, sd = LocalModel(sd_folder, None, None), family("sd")
-    plain, small = (sd.load_denoiser(model, torch.float32) for _ in range(2))
-    quantise(small, kind, CPU)
-    args = (torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 16, 16))
-    with torch.no_grad():
-        a, b = (net(args[0], args[1], encoder_hidden_states=args[2]).sample for net in (plain, small))
-    assert 0 < float((a - b).norm() / a.norm()) < tolerance
-    weights = dict(small.named_parameters())
-    assert weights["down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight"].dtype in (torch.int8, torch.uint8)
-    parameters = lora.inject(small, lora.LoraSpec(2, 2.0, 0.0, ("to_q", "to_v")), 0)
-    assert all(p.dtype == torch.float32 for p in parameters)
-    optimiser = torch.optim.AdamW(parameters, lr=0.01)
-    losses = []
-    for _ in range(20):
-        loss = small(args[0], args[1], encoder_hidden_states=args[2]).sample.square().mean()
-        loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    assert {k.split(".lora_")[0] for k in lora.state(small)} == {k.split(".lora_")[0] for k in _adapted(plain)}
-
-
-def _adapted(denoiser: torch.nn.Module) -> list[str]:
-    lora.inject(denoiser, lora.LoraSpec(2, 2.0, 0.0, ("to_q", "to_v")), 0)
-    return list(lora.state(denoiser))
 
 
 def test_a_missing_bitsandbytes_is_named(sd_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ def prepared(new_project: Callable[[], Project], tmp_path: Path) -> Callable[[],
         for file in wide.iterdir():
             shutil.copy(file, project.path("data") / f"wide-{file.name}")
         project.set("dataset", buckets={"step": 8, "min_side": 16, "max_side": 64})
-        project.set("train", batch_size=4, steps=STEPS, caption_dropout=0.2, held_out_every=3, ema_decay=0.9)
+        project.set("train", batch_size=4, steps=STEPS, caption_dropout=0.2, held_out_every=3, ema_decay=0.9, schedule="cosine")
         project.set("encode", flip=True)
         for stage in ("prepare-dataset", "precompute-latents-and-embeddings"):
             done = project.cli("stage", stage)
@@ -147,7 +147,9 @@ def test_an_error_of_one_process_is_told_before_anything_else(prepared: Callable
 def test_what_all_run_into_is_told_once(prepared: Callable[[], Project]) -> None:
     project = prepared()
     project.set("runtime", processes=2)
-    project.set("train", learning_rate=10.0, max_grad_norm=1e30, ema_decay=None, steps=200, held_out_every=None)
+    project.set(
+        "train", learning_rate=10.0, schedule="constant", max_grad_norm=1e30, ema_decay=None, steps=200, held_out_every=None
+    )
     done = project.cli("stage", "train-lora")
     assert done.returncode == 2
     assert done.stderr.count("not finite") == 1 and "Traceback" not in done.stderr, done.stderr

@@ -1,0 +1,112 @@
+"""What bitsandbytes brings: a base in 8 or 4 bits, and AdamW with its state in 8 bits. `make test-extras` runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from encoded import encode_folder
+from test_train import SPEC, Bench, same
+
+from pipeline import lora
+from pipeline.config import load_params
+from pipeline.encodings import Encodings
+from pipeline.errors import Interrupted
+from pipeline.families import family
+from pipeline.model_source import LocalModel
+from pipeline.quantise import quantise
+from pipeline.safetensors_file import read_safetensors
+from pipeline.train_job import perform
+from pipeline.workspace import ENCODED
+
+pytest.importorskip("bitsandbytes", reason="pip install '.[8bit]'; `make test-extras` does")
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [("int8", 0.05), ("nf4", 0.4)])
+def test_a_quantised_base_is_near_the_base_and_its_adapter_learns(sd_folder: Path, kind: str, tolerance: float) -> None:
+    model, sd = LocalModel(sd_folder, None, None), family("sd")
+    plain, small = (sd.load_denoiser(model, torch.float32) for _ in range(2))
+    quantise(small, kind, CPU)
+    args = (torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 16, 16))
+    with torch.no_grad():
+        a, b = (net(args[0], args[1], encoder_hidden_states=args[2]).sample for net in (plain, small))
+    assert 0 < float((a - b).norm() / a.norm()) < tolerance
+    weights = dict(small.named_parameters())
+    assert weights["down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight"].dtype in (torch.int8, torch.uint8)
+    parameters = lora.inject(small, lora.LoraSpec(2, 2.0, 0.0, ("to_q", "to_v")), 0)
+    assert all(p.dtype == torch.float32 for p in parameters)
+    optimiser = torch.optim.AdamW(parameters, lr=0.01)
+    losses = []
+    for _ in range(20):
+        loss = small(args[0], args[1], encoder_hidden_states=args[2]).sample.square().mean()
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert {k.split(".lora_")[0] for k in lora.state(small)} == {k.split(".lora_")[0] for k in _adapted(plain)}
+
+
+def _adapted(denoiser: torch.nn.Module) -> list[str]:
+    lora.inject(denoiser, lora.LoraSpec(2, 2.0, 0.0, ("to_q", "to_v")), 0)
+    return list(lora.state(denoiser))
+
+
+@pytest.fixture(scope="module")
+def encodings(tmp_path_factory: pytest.TempPathFactory, pictures_folder: Path, sd_folder: Path) -> Encodings:
+    out = tmp_path_factory.mktemp("encoded")
+    return encode_folder(pictures_folder, sd_folder, out / "store", out / "out", held_out_fraction=0.0)[0]
+
+
+def test_adamw8bit_moves_resumes_to_the_bit_and_keeps_its_state_small(
+    encodings: Encodings, sd_folder: Path, tmp_path: Path
+) -> None:
+    """Of a large rank: bitsandbytes leaves the state of small tensors in 32 bits."""
+    bench, spec = Bench(encodings, sd_folder, tmp_path), lora.LoraSpec(256, 256.0, 0.0, SPEC.targets)
+    options = {"optimiser": "adamw8bit", "ema_decay": 0.9, "schedule": "cosine", "warmup_steps": 2}
+    for name in ("whole", "parts", "other"):
+        (tmp_path / name).mkdir()
+    whole = bench.train("whole", micro=3, spec=spec, **options)
+    with pytest.raises(Interrupted):
+        bench.train("parts", micro=3, stop_at=5, spec=spec, **options)
+    assert same(whole, bench.train("parts", micro=3, spec=spec, **options))
+    assert not same(whole, bench.train("other", micro=3, spec=spec, **{**options, "optimiser": "adamw"}))
+    last = sorted((tmp_path / "whole" / "checkpoints").iterdir())[-1]
+    state = read_safetensors(last / "optimiser.safetensors")
+    assert any(tensor.dtype == torch.uint8 for tensor in state.values())
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_training_on_a_quantised_base_goes_on_to_the_same_bytes(
+    kind: str, new_project: Callable[..., object], pictures_folder: Path, sd_folder: Path, tmp_path: Path
+) -> None:
+    """Through what the stage calls, from settings to the adapter of a base as it was published."""
+    project = new_project()
+    project.set("train", quantise_base=kind, steps=6)
+    params = load_params(project.path("params.yaml"))
+    encode_folder(pictures_folder, sd_folder, tmp_path / "store", project.root / ENCODED)
+
+    def job(work: str, stop_at: int = 99) -> dict[str, torch.Tensor]:
+        asked: list[None] = []
+
+        def stop() -> bool:
+            asked.append(None)
+            return len(asked) > stop_at
+
+        def check_stop(saved: str) -> None:
+            raise Interrupted(saved)
+
+        (tmp_path / work).mkdir(exist_ok=True)
+        return perform(params, project.root, tmp_path / work, stop, check_stop, lambda rows: None).weights
+
+    whole = job("whole")
+    with pytest.raises(Interrupted):
+        job("parts", 3)
+    assert same(whole, job("parts"))
+    assert all(tensor.dtype == torch.float32 for tensor in whole.values())
+    plain = family("sd").load_denoiser(LocalModel(sd_folder, None, None), torch.float32)
+    lora.inject(plain, lora.LoraSpec(**params.lora.model_dump(exclude={"init_from", "text_encoder"})), 0)
+    lora.load_state(plain, whole)  # fits the base that was never rounded
