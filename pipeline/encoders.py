@@ -113,7 +113,7 @@ def encode_cuts(
     loader = DataLoader(
         _Pixels([todo[k] for k in keys], manifest, root),
         batch_sampler=_indices(batches),
-        collate_fn=list,
+        collate_fn=_together,
         num_workers=workers if len(keys) >= _KEEP_EVERY else 0,  # starting them costs more than a few pictures
     )
     pending: dict[str, Entry] = {}
@@ -121,10 +121,9 @@ def encode_cuts(
         with progress("encoding pictures", len(keys), "pictures") as bar:
             for batch, loaded in zip(batches, loader, strict=True):
                 check_stop()
-                faults = [item for item in loaded if isinstance(item, str)]
-                if faults:
-                    raise UserError("\n".join(faults))
-                posterior = vae.encode(torch.stack(loaded), [todo[k].sample.path for k in batch])
+                if isinstance(loaded, list):
+                    raise UserError("\n".join(loaded))
+                posterior = vae.encode(loaded.float() / 127.5 - 1, [todo[k].sample.path for k in batch])
                 for i, key in enumerate(batch):
                     mean, std = posterior.mean[i].to(dtype).cpu(), posterior.std[i].to(dtype).cpu()
                     if not (mean.isfinite().all() and std.isfinite().all()):
@@ -229,8 +228,8 @@ class _Vae:
 
 
 class _Pixels(Dataset[Tensor | str]):
-    """Decoded and cut pictures, (3, H, W) in [-1, 1], or why there is none: an exception would come out of a worker with
-    its traceback."""
+    """Decoded and cut pictures, (3, H, W) bytes, or why there is none: an exception would come out of a worker with its
+    traceback."""
 
     def __init__(self, cuts: Sequence[Cut], manifest: Manifest, root: Path) -> None:
         self.cuts, self.manifest, self.root = cuts, manifest, root
@@ -247,7 +246,13 @@ class _Pixels(Dataset[Tensor | str]):
         picture = cut(image, wanted.sample.geometry)
         if wanted.flipped:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return torch.from_numpy(np.asarray(picture, np.float32) / 127.5 - 1).permute(2, 0, 1)
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def _together(items: list[Tensor | str]) -> Tensor | list[str]:
+    """A batch, (B, 3, H, W) bytes, or what is wrong with it. As one tensor, and in bytes: a worker hands it over by file descriptor."""
+    faults = [item for item in items if isinstance(item, str)]
+    return faults or torch.stack([item for item in items if isinstance(item, Tensor)])
 
 
 def _decode(manifest: Manifest, root: Path, wanted: Cut) -> Picture:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from project import Project
 
 from pipeline.auto_caption import Captioner, write_captions
 from pipeline.config import Dataset
+from pipeline.dataset.manifest import read_manifest
 from pipeline.dataset.prepare import prepare
 from pipeline.model_source import LocalModel
 
@@ -78,3 +81,25 @@ def test_only_pictures_without_a_caption_get_one(blip: LocalModel, tmp_path: Pat
     samples = prepare(tmp_path, settings, lambda: None, tmp_path / "unpacked", auto).manifest.samples
     assert asked == ["0.png", "2.png"] and samples[1].captions == ("zyx, mine",)
     assert all(s.captions[0].startswith("zyx, ") for s in samples)
+
+
+def test_the_stage_writes_them_once(blip: LocalModel, project: Project) -> None:
+    """Through DVC; other settings of the dataset make the stage run again, and no caption be written again."""
+    shutil.copytree(blip.path, project.path("blip"))
+    uncaptioned = sorted(project.path("data").glob("*.txt"))[:2]
+    for path in uncaptioned:
+        path.unlink()
+    project.set("dataset", missing_caption="auto", auto_caption="blip", trigger="zyx")
+    done = project.cli("run", "prepare-dataset")
+    assert done.returncode == 0, done.stderr
+    samples = {s.path: s for s in read_manifest(project.path("build/dataset")).samples}
+    written = [samples[path.with_suffix(".png").name].captions[0] for path in uncaptioned]
+    assert all(caption.startswith("zyx, ") and len(caption) > len("zyx, ") for caption in written)
+    kept = {path: path.stat().st_mtime_ns for path in project.path(".work/captions").rglob("*") if path.is_file()}
+    assert kept
+    project.set("dataset", trigger="abc")
+    assert project.cli("run", "prepare-dataset").returncode == 0
+    samples = {s.path: s for s in read_manifest(project.path("build/dataset")).samples}
+    again = [samples[path.with_suffix(".png").name].captions[0] for path in uncaptioned]
+    assert again == [caption.replace("zyx", "abc") for caption in written]
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
