@@ -174,6 +174,21 @@ def test_a_base_in_half_precision_draws_and_measures_nearly_the_same(
     assert 0 < np.abs(drawn[0] - drawn[1]).mean() < 6  # of 255
 
 
+def test_a_base_that_overflows_is_named_and_an_adapter_that_does_is_told(
+    sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline = family("sd").load_pipeline(LocalModel(sd_folder, None, None), CPU, torch.float16)
+    use_scheduler(pipeline, "ddim")
+    pipeline.unet.conv_out.bias.data += math.inf
+    sampler = Sampler("ddim", 1, 1.0, "", 32, 32)
+    with progress("", 0, "") as bar:
+        with pytest.raises(UserError, match=r"nothing finite in float16: set validate\.dtype to bfloat16 or float32"):
+            draw_shots(pipeline, [Shot("a", 0, 0.0)], sampler, 1, tmp_path, lambda: None, bar)
+        draw_shots(pipeline, [Shot("a", 0, 1.0)], sampler, 1, tmp_path, lambda: None, bar)
+    assert "what the adapter draws is not finite" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == [Shot("a", 0, 1.0).file_name]
+
+
 def test_names_tell_shots_apart() -> None:
     shot = Shot("a red circle", 0, 1.0)
     others = [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -87,6 +89,15 @@ def test_normalised_latents_decode_to_the_picture_the_vae_makes_of_it(case) -> N
     pictures = decode_latents(pipeline, posterior.mean)
     for mine, theirs in zip(pictures, pipeline.image_processor.postprocess(expected, output_type="pil"), strict=True):
         assert mine.tobytes() == theirs.tobytes()
+
+
+def test_a_vae_that_shifts_its_channels_is_refused(sd_folder: Path, tmp_path: Path) -> None:
+    """Its latents would be normalised wrongly, and trained on."""
+    shutil.copytree(sd_folder, tmp_path / "base")
+    config = json.loads((tmp_path / "base/vae/config.json").read_text())
+    (tmp_path / "base/vae/config.json").write_text(json.dumps({**config, "latents_mean": [0.1, 0.2, 0.3, 0.4]}))
+    with pytest.raises(UserError, match=r"latents_mean.*another VAE with model\.vae"):
+        family("sd").load_vae(LocalModel(tmp_path / "base", None, None), CPU, torch.float32)
 
 
 def test_encodings_hold_all_that_predict_needs(case, pictures_folder: Path, tmp_path: Path) -> None:

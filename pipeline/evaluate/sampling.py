@@ -166,5 +166,6 @@ def decode_latents(pipeline: Any, latents: torch.Tensor) -> list[Image.Image]:
     for i in range(len(latents)):
         latent = latents[i : i + 1].to(pipeline.device, pipeline.vae.dtype)
         decoded = pipeline.vae.decode(latent / config.scaling_factor + (config.shift_factor or 0.0)).sample
+        decoded = torch.nan_to_num(decoded, nan=-1.0)  # black
         pictures += pipeline.image_processor.postprocess(decoded, output_type="pil")
     return pictures
