@@ -24,6 +24,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "data.json"
+SIDE = 64  # pixels of the pictures
+WIDE, WIDE_COUNT = 256, 400  # some larger ones, which the VAE takes sixteen times as long for
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 
@@ -32,11 +34,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", type=int, default=1000)
     parser.add_argument("--large", type=int, default=10_000)
-    parser.add_argument("--child", nargs=2, metavar=("WHAT", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=3, metavar=("WHAT", "FOLDER", "SIDE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         ANONYMOUS.start()
-        print(json.dumps(CHILDREN[args.child[0]](Path(args.child[1]))))
+        what, folder, side = args.child
+        print(json.dumps(CHILDREN[what](Path(folder), int(side))))
         return
     results: dict[str, object] = {"machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"}
     with tempfile.TemporaryDirectory() as temporary:
@@ -53,6 +56,11 @@ def main() -> None:
         draw(large / "data", 1, first=args.large)
         one_more = {what: child(what, large) for what in ("prepare", "encode")}
         bare = child("bare", large)
+        wide = Path(temporary) / "wide"
+        draw(wide / "data", WIDE_COUNT, side=WIDE)
+        shares = {SIDE: rows[args.large]["encode"]["rate"] / bare["rate"]}
+        child("prepare", wide, WIDE)
+        shares[WIDE] = child("encode", wide, WIDE)["rate"] / child("bare", wide, WIDE)["rate"]
     small, big = rows[args.small], rows[args.large]
     results |= {
         "pictures": [args.small, args.large],
@@ -63,7 +71,7 @@ def main() -> None:
             w: (big[w]["anonymous_mib"] - small[w]["anonymous_mib"]) * 1024 / (args.large - args.small)
             for w in ("prepare", "encode")
         },
-        "encode's rate as a share of the bare VAE's": big["encode"]["rate"] / bare["rate"],
+        "encode's rate as a share of the bare VAE's, by pixels a side": shares,
         "one new picture, as a share of a full run": sum(r["seconds"] for r in one_more.values()) / full,
         "one new picture, encoded": one_more["encode"]["pictures"],
     }
@@ -72,39 +80,39 @@ def main() -> None:
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")
 
 
-def child(what: str, folder: Path) -> dict[str, float]:
+def child(what: str, folder: Path, side: int = SIDE) -> dict[str, float]:
     """One measurement in a fresh process."""
-    command = [sys.executable, __file__, "--child", what, str(folder)]
+    command = [sys.executable, __file__, "--child", what, str(folder), str(side)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return measured
 
 
-def draw(folder: Path, count: int, first: int = 0) -> None:
-    """Pictures of 96×64 smooth noise, no two alike."""
+def draw(folder: Path, count: int, first: int = 0, side: int = SIDE) -> None:
+    """Pictures of smooth noise, half as wide again as they are high, no two alike."""
     import numpy as np
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(first, first + count):
         small = np.random.default_rng(i).integers(0, 256, (6, 9, 3), dtype=np.uint8)
-        Image.fromarray(small).resize((96, 64), Image.Resampling.BICUBIC).save(folder / f"{i:06d}.jpg", quality=90)
+        Image.fromarray(small).resize((side * 3 // 2, side), Image.Resampling.BICUBIC).save(folder / f"{i:06d}.jpg", quality=90)
         (folder / f"{i:06d}.txt").write_text(f"noise number {i % 50}")
 
 
-def prepare(folder: Path) -> dict[str, float]:
+def prepare(folder: Path, side: int) -> dict[str, float]:
     """prepare-dataset's own work."""
     from pipeline.config import Dataset
     from pipeline.dataset.manifest import write_manifest
     from pipeline.dataset.prepare import prepare as run
 
     start = time.perf_counter()
-    prepared = run(folder, Dataset(path="data", resolution=64), lambda: None, folder / "unpacked")
+    prepared = run(folder, Dataset(path="data", resolution=side), lambda: None, folder / "unpacked")
     write_manifest(folder / "dataset", prepared.manifest, prepared.rejects)
     return measured(start, len(prepared.manifest.samples))
 
 
-def encode(folder: Path) -> dict[str, float]:
+def encode(folder: Path, side: int) -> dict[str, float]:
     """precompute-latents-and-embeddings' own work; the models are loaded before the clock starts."""
     import torch
     from encoded import HOW
@@ -131,7 +139,7 @@ def encode(folder: Path) -> dict[str, float]:
     return measured(start, len(index.samples)) | {"pictures": counts.pictures}
 
 
-def bare(folder: Path) -> dict[str, float]:
+def bare(folder: Path, side: int) -> dict[str, float]:
     """The VAE's forward pass alone, on random pixels at hand, in batches of the encoder's size."""
     import torch
 
@@ -140,7 +148,7 @@ def bare(folder: Path) -> dict[str, float]:
 
     kind = family("sd")
     vae = kind.load_vae(LocalModel(ROOT / "assets" / "tiny-sd", None, None), torch.device("cpu"), torch.float32)
-    pixels, batches = torch.randn(8, 3, 64, 64), 250
+    pixels, batches = torch.randn(8, 3, side, side), max(10, 250 * SIDE**2 // side**2)
     with torch.inference_mode():
         for _ in range(10):
             kind.encode_pixels(vae, pixels)
