@@ -51,7 +51,8 @@ def test_one_that_cannot_load_says_why_and_fails(project: Project, tmp_path: Pat
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_it_ends_with_whoever_started_it(project: Project, number: signal.Signals) -> None:
-    code = "import sys, time\nfrom pathlib import Path\nfrom pipeline.dvc_process import Waiting\n"
+    # what is started in a shell's background inherits that SIGINT is ignored
+    code = "import signal, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nfrom pathlib import Path\nfrom pipeline.dvc_process import Waiting\n"
     code += "with Waiting(Path('.'), caught=False) as dvc:\n    print(dvc.process.pid, flush=True)\n    time.sleep(60)"
     starter = subprocess.Popen(
         [sys.executable, "-c", code], cwd=project.root, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
