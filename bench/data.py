@@ -112,8 +112,8 @@ def prepare(folder: Path, side: int) -> dict[str, float]:
     return measured(start, len(prepared.manifest.samples))
 
 
-def encode(folder: Path, side: int) -> dict[str, float]:
-    """precompute-latents-and-embeddings' own work; the models are loaded before the clock starts."""
+def encode(folder: Path, _: int) -> dict[str, float]:
+    """precompute-latents-and-embeddings' own work, of sides as they were prepared; the models are loaded before the clock starts."""
     import torch
     from encoded import HOW
 

@@ -47,7 +47,7 @@ def answer(process: subprocess.Popen[str]) -> tuple[str, str]:
 class Waiting:
     """A DVC that loads itself and waits to be told what to do, as a context: it ends with it, and does nothing if never told.
 
-    Half of what a `dvc repro` without work takes is imports, and ours go on beside them.
+    A quarter of what a `dvc repro` without work takes is these imports, and ours go on beside them.
     """
 
     def __init__(self, root: Path, caught: bool) -> None:

@@ -121,6 +121,14 @@ def commit(root: Path, message: str = "start") -> None:
     git(root, "commit", "-qm", message)
 
 
+def copy_of_what_is_tracked(root: Path) -> None:
+    """The files that git knows, as they lie here, in the folder `root`."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, check=True).stdout.decode()
+    for name in filter(None, listed.split("\0")):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPOSITORY / name, root / name)
+
+
 def make_project(root: Path, base: Path, clip: Path, pictures: Path) -> Project:
     """Lay a project out in `root`, which must not exist."""
     root.mkdir(parents=True)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import resource
-import shutil
 import subprocess
 import sys
 
 import pytest
-from project import REPOSITORY, Project
+from project import Project, copy_of_what_is_tracked
 
 pytestmark = pytest.mark.slow
 
@@ -17,10 +16,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Project:
     root = tmp_path_factory.mktemp("demo") / "reprolora"
-    files = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, check=True).stdout.decode()
-    for name in filter(None, files.split("\0")):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(REPOSITORY / name, root / name)
+    copy_of_what_is_tracked(root)
     subprocess.run(["git", "init", "-q"], cwd=root, check=True)
     project = Project(root)
     done = project.cli("run", OMP_NUM_THREADS="2", REPROLORA_STRICT="1")

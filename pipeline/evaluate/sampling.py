@@ -128,7 +128,7 @@ def _draw(pipeline: Any, shots: Sequence[Shot], sampler: Sampler) -> list[Image.
             say(f"  what the adapter draws is not finite: black pictures, as of {shots[0].prompt[:60]!r}")
         else:
             raise UserError(
-                f"the base draws nothing finite in {str(latents.dtype).removeprefix('torch.')}: set validate.dtype to bfloat16 or float32"
+                f"the base draws nothing finite in {str(latents.dtype).removeprefix('torch.')}: set validate.dtype to bfloat16 or float32, or look whether the base's files are whole"
             )
     return decode_latents(pipeline, latents)
 

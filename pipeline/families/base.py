@@ -98,7 +98,8 @@ class Family(Protocol):
     def load_pipeline(
         self, model: LocalModel, device: torch.device, dtype: torch.dtype, denoiser: nn.Module | None = None
     ) -> Any:
-        """The whole base as a diffusers pipeline, for sampling; around a denoiser that is loaded already, if given."""
+        """The whole base as a diffusers pipeline, for sampling; around a denoiser that is loaded already, if given. In `dtype`, but
+        the VAE in float32: SDXL's is not finite in float16, and latents are decoded apart from the pipeline's own call."""
 
     def base_version(self, model: LocalModel) -> BaseVersion:
         """What other programs call this base, from its configs."""
