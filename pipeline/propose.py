@@ -94,10 +94,10 @@ def _shorter_sides(pictures: Path) -> dict[str, int]:
     from PIL import Image
 
     sides = {}
-    for name, path in visible_files(pictures).items():
+    for name in visible_files(pictures):
         if is_image(name):
             try:
-                with Image.open(path) as image:
+                with Image.open(pictures / name) as image:
                     sides[name] = min(image.size)
             except Exception:  # prepare-dataset says what is wrong with it
                 continue

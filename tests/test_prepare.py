@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from pipeline.config import Dataset
 from pipeline.dataset.captions import dress, variants
-from pipeline.dataset.duplicates import Likeness, Shelves, are_near, likeness
+from pipeline.dataset.duplicates import Alike, Likeness, are_near, likeness
 from pipeline.dataset.geometry import bucket, buckets, fit
 from pipeline.dataset.images import BadImage, decode
 from pipeline.dataset.manifest import Sample
@@ -297,19 +297,31 @@ def test_copies_are_near_and_others_are_not() -> None:
     assert not any(are_near(likeness(picture), likeness(other)) for other in others)
 
 
-def test_the_first_near_picture_is_that_of_the_plain_comparison() -> None:
+def test_near_pictures_are_those_of_the_plain_comparison() -> None:
     likes = [likeness(noise(64, 64, i % 20).point(lambda v, i=i: min(255, v + i // 20))) for i in range(60)]
-    shelves, found = Shelves(likes), []
-    for j in range(60):
-        found.append(shelves.first_near(j))
-        shelves.put(j)
-    assert found == [next((i for i in range(j) if are_near(likes[i], likes[j])), None) for j in range(60)]
-    assert sum(i is not None for i in found) >= 20
+    members = [i for i in range(60) if i % 7]
+    alike = Alike(likes, members)
+    found = [list(alike.near(j)) for j in range(60)]
+    assert found == [[i for i in members if are_near(likes[i], likes[j])] for j in range(60)]
+    assert sum(len(near) > 1 for near in found) >= 20
 
 
-def test_many_pictures_that_look_alike_are_no_square_of_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two thousand frames of one film: their pairs would be two million."""
-    like, compared = likeness(noise(64, 64, 1)), 0
+def test_hashes_that_differ_in_four_bits_anywhere_are_found() -> None:
+    """One band of five is always the same; a fifth bit, in the last of them, is too much."""
+    thumbnail, bands = bytes(8 * 8 * 3), [1 << 5, 1 << 20, 1 << 30, 1 << 45, 1 << 63]
+    likes = [
+        Likeness(0, thumbnail),
+        *(Likeness(sum(bands) - left_out, thumbnail) for left_out in bands),
+        Likeness(sum(bands), thumbnail),
+    ]
+    assert list(Alike(likes, range(len(likes))).near(0)) == [0, 1, 2, 3, 4, 5]
+
+
+def test_many_pictures_that_look_alike_are_no_square_of_work(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Frames of one film: their pairs would be the square."""
+    compared, count = 0, 60
+    for i in range(count):
+        put(folder, f"{i:03d}.png", noise(64, 64, 1))
 
     def counted(a: Likeness, b: Likeness) -> bool:
         nonlocal compared
@@ -317,11 +329,10 @@ def test_many_pictures_that_look_alike_are_no_square_of_work(monkeypatch: pytest
         return are_near(a, b)
 
     monkeypatch.setattr("pipeline.dataset.duplicates.are_near", counted)
-    shelves = Shelves([like] * 2000)
-    for j in range(2000):
-        assert shelves.first_near(j) == (0 if j else None)
-        shelves.put(j)
-    assert compared == 1999
+    for duplicates in ("keep", "drop"):
+        compared = 0
+        assert len(run(folder, duplicates=duplicates).duplicates) == count - 1
+        assert compared < 3 * count
 
 
 def test_the_demo_dataset_holds_no_near_duplicates() -> None:

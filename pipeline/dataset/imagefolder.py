@@ -26,7 +26,17 @@ from pipeline.dataset.rows import (
     unfit,
 )
 from pipeline.dataset.sidecar import caption_extensions
-from pipeline.dataset.source import Found, Reject, Scan, captions_needed, is_image, is_inside, visible_files
+from pipeline.dataset.source import (
+    Found,
+    Reject,
+    Scan,
+    captions_needed,
+    extension,
+    folder_name,
+    is_image,
+    is_inside,
+    visible_files,
+)
 from pipeline.errors import UserError
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -56,11 +66,11 @@ class ImageFolder:
         rejects: list[Reject] = []
         spoilt: set[str] = set()  # pictures with a row that cannot be used
         for table in (name for name in files if Path(name).name in METADATA):
-            if not is_inside(files[table], folder):
+            if not is_inside(folder / table, folder):
                 rejects.append(Reject(shown(table), LINK_OUT))
                 continue
             columns: set[str] = set()
-            for line, row, fault in _read_rows(files[table], settings):
+            for line, row, fault in _read_rows(folder / table, settings):
                 check_stop()
                 columns.update(key for key in row if isinstance(key, str))
                 picture, no_picture = picture_named(_file_name(row, settings), table.rpartition("/")[0], files, folder)
@@ -76,17 +86,17 @@ class ImageFolder:
         for name in images:
             if not name.isprintable():
                 rejects.append(Reject(shown(name), "has a name that cannot be printed: rename it"))
-            elif not is_inside(files[name], folder):
+            elif not is_inside(folder / name, folder):
                 rejects.append(Reject(name, LINK_OUT))
             elif captions[name] or name not in spoilt:
-                found.append(Found(name, tuple(dict.fromkeys(captions[name])), class_name=Path(name).parent.name))
+                found.append(Found(name, tuple(dict.fromkeys(captions[name])), class_name=folder_name(name)))
         return sorted_scan(found, rejects)
 
 
 def _has_class_folders(folder: Path, settings: Dataset) -> bool:
     """As `datasets` takes it: every picture lies in a sub-folder, and there are two of them or more; and no captions."""
     names = visible_files(folder)
-    if any(Path(name).suffix.lower() in (".txt", *caption_extensions(settings)) for name in names):
+    if any(extension(name) in (".txt", *caption_extensions(settings)) for name in names):
         return False
     parents = {name.rpartition("/")[0] for name in names if is_image(name)}
     return len(parents) > 1 and "" not in parents

@@ -24,7 +24,7 @@ from pipeline.dataset.rows import (
     unfit,
 )
 from pipeline.dataset.sidecar import stem_of
-from pipeline.dataset.source import Found, Reject, Scan, is_image, is_inside, visible_files
+from pipeline.dataset.source import Found, Reject, Scan, folder_name, is_image, is_inside, visible_files
 from pipeline.errors import UserError
 
 _LATEST_FIRST = ("meta_lat.json", "meta_clean.json", "meta_cap_dd.json", "meta_cap.json")  # each script writes the next
@@ -45,12 +45,12 @@ class KohyaJson:
         table = _table(folder, list(files))
         if not images:
             raise unfit(folder, self.name, f"{table} is there, and no picture in it or its sub-folders")
-        if not is_inside(files[table], folder):
-            raise UserError(f"{files[table]} {LINK_OUT}: copy it there")
+        if not is_inside(folder / table, folder):
+            raise UserError(f"{folder / table} {LINK_OUT}: copy it there")
         rejects: list[Reject] = []
         entries: dict[str, list[tuple[str, object]]] = defaultdict(list)  # picture -> keys with what they say
         names = _Names(images)
-        for key, entry, unread in _read(files[table]):
+        for key, entry, unread in _read(folder / table):
             check_stop()
             path, no_path = names.find(key) if not unread else ("", unread)
             picture, no_picture = checked_picture(path, key, files, folder) if path else ("", no_path)
@@ -64,7 +64,7 @@ class KohyaJson:
             captions, fault = _captions(said[0][1], settings.caption_lines) if said else ((), "")
             if not name.isprintable():
                 rejects.append(Reject(shown(name), "has a name that cannot be printed: rename it"))
-            elif not is_inside(files[name], folder):
+            elif not is_inside(folder / name, folder):
                 rejects.append(Reject(name, LINK_OUT))
             elif len(said) > 1:
                 keys = " and ".join(shown(key) for key, _ in said[:2])
@@ -72,7 +72,7 @@ class KohyaJson:
             elif fault:
                 rejects.append(Reject(name, f"{shown(table)}: {fault}"))
             else:
-                found.append(Found(name, captions, class_name=Path(name).parent.name))
+                found.append(Found(name, captions, class_name=folder_name(name)))
         return sorted_scan(found, rejects)
 
 

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,7 +16,7 @@ from PIL import Image
 
 from pipeline.config import Concept, Dataset
 from pipeline.dataset.captions import dress, variants, with_trigger
-from pipeline.dataset.duplicates import Likeness, Shelves, likeness
+from pipeline.dataset.duplicates import Alike, Likeness, likeness
 from pipeline.dataset.geometry import Geometry, bucket, fit, square
 from pipeline.dataset.images import BadImage, Picture, decode, hash_pixels, read_mask
 from pipeline.dataset.manifest import Manifest, Mask, Sample, split_of
@@ -51,9 +52,15 @@ class Item:
 
     found: Found
     concept: Concept
-    file: Path
+    place: Path  # the folder that its source was given, or that of unpacked pictures
+    name: str  # in that folder
     mask: Path | None
     no_mask: str  # why there is none although one is asked for
+
+    @property
+    def file(self) -> Path:
+        """Where it lies; made when asked for: a `Path` takes more memory than all else that is known of a picture."""
+        return self.place / self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,19 +95,10 @@ def prepare(
         UserError: no folder, no picture, or concepts that overlap.
     """
     folder = root / settings.path
-    items, rejects = scan_concepts(folder, settings, unpacked, check_stop)
-    seen: list[_Seen] = []
-    with progress("reading pictures", len(items), "pictures") as bar:
-        for item, result in _ahead(lambda i: _look(i, folder, settings), items):
-            check_stop()
-            if isinstance(result, str):
-                rejects.append(Reject(item.found.path, result))
-            else:
-                seen.append(result)
-            bar.advance()
-    captions = _captions(seen, settings, auto_caption)
+    seen, rejects = _see(folder, settings, unpacked, check_stop)
     samples: list[Sample] = []
-    for look, texts in zip(seen, captions, strict=True):
+    likenesses: list[Likeness] = []
+    for look, texts in zip(seen, _captions(seen, settings, auto_caption), strict=True):
         path = look.item.found.path
         if isinstance(texts, str):
             rejects.append(Reject(path, texts))
@@ -119,12 +117,28 @@ def prepare(
                 look.item.found.unpacked,
             )
         )
-    samples = _hold_one_out(samples, settings)
-    likenesses = {look.item.found.path: look.like for look in seen}
-    kept, left_out, duplicates = _without_duplicates(samples, likenesses, settings)
+        likenesses.append(look.like)
     notes = [Reject(look.item.found.path, note) for look in seen for note in look.notes]
+    del seen  # as large as the samples, and no longer wanted
+    samples = _hold_one_out(samples, settings)
+    kept, left_out, duplicates = _without_duplicates(samples, likenesses, settings)
     manifest = Manifest(settings.path, settings.trigger, settings.background, tuple(kept))
     return Prepared(manifest, sorted(rejects, key=lambda r: (r.path, r.reason)), left_out, duplicates, notes)
+
+
+def _see(folder: Path, settings: Dataset, unpacked: Path, check_stop: Callable[[], None]) -> tuple[list[_Seen], list[Reject]]:
+    """Look at every picture that the sources find."""
+    items, rejects = scan_concepts(folder, settings, unpacked, check_stop)
+    seen: list[_Seen] = []
+    with progress("reading pictures", len(items), "pictures") as bar:
+        for item, result in _ahead(lambda i: _look(i, folder, settings), items):
+            check_stop()
+            if isinstance(result, str):
+                rejects.append(Reject(item.found.path, result))
+            else:
+                seen.append(result)
+            bar.advance()
+    return seen, rejects
 
 
 def refuse_too_many_rejects(rejects: list[Reject], settings: Dataset, listing: Path) -> None:
@@ -173,7 +187,8 @@ def scan_concepts(
         setting = concept.masks or settings.masks
         masks = masks_of(setting, folder)
         for found in scan.found:
-            file = (unpacked if found.unpacked else place) / found.path
+            lies_in = unpacked if found.unpacked else place
+            file = lies_in / found.path
             if masks and masks.holds(file):
                 continue  # which the source took for a picture
             path = found.path if found.unpacked else prefix + found.path
@@ -183,7 +198,7 @@ def scan_concepts(
                 rejects.append(Reject(path, f"has a mask that is a link out of the dataset's folder: {setting}"))
                 continue
             no_mask = f"has no mask {masks.where}" if masks and not mask else ""
-            items.append(Item(replace(found, path=path), concept, file, mask, no_mask))
+            items.append(Item(replace(found, path=path), concept, lies_in, found.path, mask, no_mask))
         for reject in scan.rejects:
             if not (masks and masks.holds(place / reject.path)):
                 rejects.append(Reject(prefix + reject.path, reject.reason))
@@ -224,7 +239,7 @@ def _look(item: Item, folder: Path, settings: Dataset) -> _Seen | str:
         picture = decode(item.file, settings.max_pixels, settings.background)
         mask_image = _mask(item, picture, settings)
         pixels = hash_pixels(picture.image)
-        geometry = _geometry(picture, mask_image, pixels, settings)
+        geometry = _shared(_geometry(picture, mask_image, pixels, settings))
     except BadImage as bad:
         return str(bad)
     mask = None
@@ -245,6 +260,12 @@ def _mask(item: Item, picture: Picture, settings: Dataset) -> Image.Image | None
     if not item.mask:
         return None
     return read_mask(item.mask, picture.image.size, settings.max_pixels)
+
+
+@lru_cache(maxsize=4096)
+def _shared(geometry: Geometry) -> Geometry:
+    """The first that is equal: of very many pictures most have one of a few geometries, and half a kilobyte goes into each."""
+    return geometry
 
 
 def _geometry(picture: Picture, mask: Image.Image | None, pixels: str, settings: Dataset) -> Geometry:
@@ -320,30 +341,33 @@ def _hold_one_out(samples: list[Sample], settings: Dataset) -> list[Sample]:
 
 
 def _without_duplicates(
-    samples: list[Sample], likenesses: dict[str, Likeness], settings: Dataset
+    samples: list[Sample], likenesses: list[Likeness], settings: Dataset
 ) -> tuple[list[Sample], list[Reject], list[tuple[str, str]]]:
     """Leave out later copies if asked to, and always what would carry a held-out picture into the training. The pairs are each
     near-duplicate's path after that of the first picture that it repeats."""
-    looks = [likenesses[s.path] for s in samples]
-    everyone, held_out, kept = Shelves(looks), Shelves(looks), {"train": Shelves(looks), "held-out": Shelves(looks)}
-    pairs: list[tuple[int, int]] = []
+    everyone = Alike(likenesses, range(len(samples)))
+    held_out = Alike(likenesses, [j for j, sample in enumerate(samples) if sample.split == "held-out"])
+    pairs: dict[int, int] = {}  # each near-duplicate, and the first picture that it repeats
     gone: dict[int, str] = {}  # by place: two rows of an archive may hold one picture, and then share its path
     for j, sample in enumerate(samples):
-        if (i := everyone.first_near(j)) is not None:
-            pairs.append((i, j))
-        everyone.put(j)
-        if sample.split == "held-out":
-            held_out.put(j)
-        if settings.duplicates == "drop":
-            if i is not None and (first := kept[sample.split].first_near(j)) is not None:
-                gone[j] = f"nearly the same picture as {samples[first].path}"
-            else:
-                kept[sample.split].put(j)
+        for i in everyone.near(j):
+            if i == j:
+                break
+            pairs.setdefault(j, i)
+            if settings.duplicates != "drop":
+                break
+            if i not in gone and samples[i].split == sample.split:
+                gone[j] = f"nearly the same picture as {samples[i].path}"
+                break
     for j, sample in enumerate(samples):
-        if sample.split == "train" and j not in gone and (other := held_out.first_near(j)) is not None:
+        if sample.split == "train" and j not in gone and (other := next(held_out.near(j), None)) is not None:
             gone[j] = f"nearly the same picture as {samples[other].path}, which is held out: losses would flatter"
     left_out = [Reject(samples[j].path, gone[j]) for j in sorted(gone)]
-    return [s for j, s in enumerate(samples) if j not in gone], left_out, [(samples[i].path, samples[j].path) for i, j in pairs]
+    return (
+        [s for j, s in enumerate(samples) if j not in gone],
+        left_out,
+        [(samples[i].path, samples[j].path) for j, i in pairs.items()],
+    )
 
 
 def _ahead(work: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:

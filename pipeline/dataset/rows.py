@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +50,13 @@ def relative_parts(name: str) -> tuple[list[str], bool]:
     return [part for part in bare.split("/") if part not in ("", ".")], bare != plain or plain.startswith("/")
 
 
-def picture_named(name: object, base: str, files: Mapping[str, Path], folder: Path) -> tuple[str, str]:
+def picture_named(name: object, base: str, files: Collection[str], folder: Path) -> tuple[str, str]:
     """The picture that a row names, and what is wrong with that, one of them empty.
 
     Args:
         name: what stands in the row, relative to `base`.
         base: sub-folder of the metadata file, "" for the dataset's folder itself.
-        files: the visible files of the dataset's folder: nothing else is ever opened.
+        files: the names of the visible files in the dataset's folder: nothing else is ever opened.
         folder: the dataset's folder.
     """
     if not isinstance(name, str) or not name.strip():
@@ -70,7 +70,7 @@ def picture_named(name: object, base: str, files: Mapping[str, Path], folder: Pa
     return checked_picture(path, name, files, folder)
 
 
-def checked_picture(path: str, name: str, files: Mapping[str, Path], folder: Path) -> tuple[str, str]:
+def checked_picture(path: str, name: str, files: Collection[str], folder: Path) -> tuple[str, str]:
     """`path` where it is a picture within the folder, and what is wrong, one of them empty; the row called it `name`."""
     if path not in files:
         return "", f"names {shown(name)}, which is not there"
@@ -78,7 +78,7 @@ def checked_picture(path: str, name: str, files: Mapping[str, Path], folder: Pat
         return "", f"names {shown(name)}, which cannot be printed: rename it"
     if not is_image(path):
         return "", f"names {shown(name)}, which is no picture: allowed are {', '.join(IMAGE_EXTENSIONS)}"
-    if not is_inside(files[path], folder):
+    if not is_inside(folder / path, folder):
         return "", f"names {shown(name)}, which {LINK_OUT}"
     return path, ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from pipeline.dataset.source import (
     Reject,
     Scan,
     clean_caption,
+    extension,
+    folder_name,
     foreign_pictures,
     is_image,
     is_inside,
@@ -38,30 +41,31 @@ class Sidecar:
                 f"dataset.path: no picture in {folder}: looked for {', '.join(IMAGE_EXTENSIONS)} in it and its sub-folders"
             )
         captions = {name: stem_of(name) for name in files if is_caption(name, settings)}
-        return pair(folder, files, pictures, captions, settings)
+        return pair(folder, pictures, captions, foreign_pictures(files), settings)
 
 
 def pair(
-    folder: Path, files: Mapping[str, Path], pictures: Mapping[str, str], captions: Mapping[str, str], settings: Dataset
+    folder: Path, pictures: Mapping[str, str], captions: Mapping[str, str], foreign: list[Reject], settings: Dataset
 ) -> Scan:
     """Match pictures with caption files.
 
     Args:
         folder: the dataset's folder.
-        files: relative name -> file.
         pictures, captions: relative name -> stem; a caption belongs to the picture of the same stem.
+        foreign: pictures in formats that are not read here.
         settings: for the extensions, the first of which wins, and for `caption_lines`.
     """
-    named = {(stem, Path(name).suffix.lower()): name for name, stem in captions.items()}
+    named = {(stem, extension(name)): name for name, stem in captions.items()}
     found: list[Found] = []
     rejects: list[Reject] = []
     taken: dict[str, str] = {}
+    endings = caption_extensions(settings)
     for name, stem in pictures.items():
-        beside = [named[stem, extension] for extension in caption_extensions(settings) if (stem, extension) in named]
-        class_name = Path(name).parent.name
+        beside = [named[stem, ending] for ending in endings if (stem, ending) in named]
+        class_name = folder_name(name)
         if not name.isprintable():
             rejects.append(Reject(shown(name), "has a name that cannot be printed: rename it"))
-        elif not is_inside(files[name], folder) or (beside and not is_inside(files[beside[0]], folder)):
+        elif not is_inside(folder / name, folder) or (beside and not is_inside(folder / beside[0], folder)):
             rejects.append(Reject(name, LINK_OUT))
         elif not beside:
             found.append(Found(name, (), class_name=class_name))
@@ -69,12 +73,11 @@ def pair(
             rejects.append(Reject(name, f"shares its caption file with {taken[beside[0]]}: give one of them another name"))
         else:
             taken[beside[0]] = name
-            variants, fault = read_captions(files[beside[0]], settings.caption_lines)
+            variants, fault = read_captions(folder / beside[0], settings.caption_lines)
             if fault:
                 rejects.append(Reject(name, f"{beside[0]}: {fault}"))
             else:
                 found.append(Found(name, variants, class_name=class_name))
-    foreign = foreign_pictures(files)
     rejects += foreign
     stems = {*pictures.values(), *(stem_of(reject.path) for reject in foreign)}
     lonely = [name for name, stem in captions.items() if stem not in stems]
@@ -89,12 +92,12 @@ def caption_extensions(settings: Dataset) -> tuple[str, ...]:
 
 def is_caption(name: str, settings: Dataset) -> bool:
     """Whether the file's name says that it is a caption."""
-    return Path(name).suffix.lower() in caption_extensions(settings)
+    return extension(name) in caption_extensions(settings)
 
 
 def stem_of(name: str) -> str:
     """The relative name without its last extension."""
-    return Path(name).with_suffix("").as_posix()
+    return os.path.splitext(name)[0]
 
 
 def read_captions(path: Path, lines: bool) -> tuple[tuple[str, ...], str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import os
+import sys
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -60,15 +62,31 @@ class Source(Protocol):
         """
 
 
-def visible_files(folder: Path) -> dict[str, Path]:
-    """Every file below the folder by its relative path with `/`, sorted; hidden files and folders are left alone."""
-    relative = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
-    return {name: relative[name] for name in sorted(relative) if not any(part.startswith(".") for part in name.split("/"))}
+def visible_files(folder: Path) -> Collection[str]:
+    """Every file below the folder by its relative path with `/`, sorted; hidden files and folders are left alone, and folders that
+    are links. Names alone: a `Path` for each of very many files would take more memory than all else that is known of them."""
+    names: list[str] = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        inside = Path(place).relative_to(folder).as_posix()
+        prefix = "" if inside == "." else inside + "/"
+        names += [prefix + name for name in files if not name.startswith(".") and os.path.isfile(os.path.join(place, name))]
+    return dict.fromkeys(sorted(names)).keys()
+
+
+def folder_name(name: str) -> str:
+    """The name of the folder that a picture lies in, "" at the top; one string for all of its pictures."""
+    return sys.intern(name.rpartition("/")[0].rpartition("/")[2])
+
+
+def extension(name: str) -> str:
+    """The name's last extension with its dot, in lower case; "" where it has none."""
+    return os.path.splitext(name)[1].lower()
 
 
 def is_image(name: str) -> bool:
     """Whether the file's name says that it is a picture."""
-    return Path(name).suffix.lower() in IMAGE_EXTENSIONS
+    return extension(name) in IMAGE_EXTENSIONS
 
 
 def foreign_pictures(names: Iterable[str]) -> list[Reject]:
@@ -76,7 +94,7 @@ def foreign_pictures(names: Iterable[str]) -> list[Reject]:
     return [
         Reject(name, f"is a picture in a format that is not read here: convert it to one of {', '.join(IMAGE_EXTENSIONS)}")
         for name in names
-        if Path(name).suffix.lower() in FOREIGN_EXTENSIONS and name.isprintable()
+        if extension(name) in FOREIGN_EXTENSIONS and name.isprintable()
     ]
 
 
