@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-all test-extras defects lint bench bench-data clean setup
+.PHONY: demo test test-all test-gpu test-extras defects lint bench bench-data clean setup
 
 demo: .venv/ready
 	$(BIN)/python cli.py run
@@ -13,6 +13,10 @@ test: .venv/ready
 
 test-all: .venv/ready
 	$(BIN)/python -m pytest
+
+# on a machine with a CUDA GPU; with bitsandbytes installed also bases and optimisers in 8 and 4 bits
+test-gpu: .venv/ready
+	$(BIN)/python -m pytest tests/test_gpu.py tests/test_8bit.py
 
 # what only extras bring, in an environment of its own: bitsandbytes slows every start of peft by a second
 test-extras: .venv/ready

@@ -3,11 +3,14 @@
     make bench                       # three minutes on two cores; needs `python cli.py run` to have encoded the demo
     python bench/train.py --full sd15 --steps 10      # one network of full size, random weights, bf16: minutes a step on a CPU
     python bench/train.py --full sdxl --steps 10
+    python bench/train.py --full sdxl --steps 100 --device cuda
 
+*In any order* is `runtime.deterministic: false`, which matters on a GPU alone; the bare step there is so too.
 *Bare* is the denoiser's forward and backward and the optimiser on tensors at hand: nothing could be faster on this hardware.
 *Uncached* is the loop of the usual example script at the same settings: it decodes the picture and runs the VAE and the text
 encoder in every step. They take turns, block by block, so that a drift of the machine's speed falls on all of them alike; each
-block's first step is left out. Written to `bench/results/train*.json`; compare ratios, not milliseconds.
+block's first step is left out. On a GPU a block is timed as a whole: steps are asked for faster than they are done.
+Written to `bench/results/train*.json`; compare ratios, not milliseconds.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from PIL import Image  # noqa: E402
 from pipeline import lora  # noqa: E402
 from pipeline.batches import Batches  # noqa: E402
 from pipeline.config import Train, load_params  # noqa: E402
+from pipeline.device import pick_device  # noqa: E402
 from pipeline.encodings import EncodedSample, Encodings, Index  # noqa: E402
 from pipeline.families import family  # noqa: E402
 from pipeline.files import write_json  # noqa: E402
@@ -71,6 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=50, help="steps of each kind, in blocks")
     parser.add_argument("--full", choices=list(SIZES))
+    parser.add_argument("--device", default="cpu", help="of --full")
     parser.add_argument("--child", choices=["ours", "uncached", "start"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -79,8 +84,14 @@ def main() -> None:
     each = max(3, args.steps // BLOCKS)
     with TemporaryDirectory() as folder:
         if args.full:
-            network, batches = full_size(args.full, Path(folder))
-            kinds = {"ours": ours(each, network, batches, args.full), "bare": bare(each, network, batches, args.full)}
+            device = pick_device(args.device)
+            network, batches = full_size(args.full, Path(folder), device)
+            kinds = {
+                "ours": ours(each, network, batches, args.full, device),
+                "bare": bare(each, network, batches, args.full, device),
+            }
+            if device.type == "cuda":
+                kinds["in any order"] = ours(each, network, batches, args.full, device, deterministic=False)
         else:
             kinds = {"ours": ours(each), "bare": bare(each), "uncached": uncached(each)}
         blocks: dict[str, list[float]] = {name: [] for name in kinds}
@@ -94,6 +105,9 @@ def main() -> None:
     }
     if args.full:
         result |= {"size": args.full, "peak MiB": round(peak_mib())}
+        if device.type == "cuda":
+            result["deterministic to any order"] = ratio(blocks["ours"], blocks["in any order"])
+            result["machine"] = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     else:
         result |= {
             "uncached to ours": ratio(blocks["uncached"], blocks["ours"]),
@@ -102,7 +116,8 @@ def main() -> None:
             "milliseconds for a batch of 8 from so many samples": batch_cost(),
         }
     print(json.dumps(result, indent=2))
-    write_json(ROOT / "bench" / "results" / (f"train-{args.full}.json" if args.full else "train.json"), result)
+    place = "" if args.device == "cpu" else f"-{args.device}"
+    write_json(ROOT / "bench" / "results" / (f"train-{args.full}{place}.json" if args.full else "train.json"), result)
 
 
 def ratio(a: list[float], b: list[float]) -> dict[str, float]:
@@ -120,20 +135,22 @@ def setting() -> tuple[LocalModel, torch.nn.Module, Batches]:
     return model, denoiser.train(), Batches(Encodings(ROOT / "build" / "encoded"), params.train.batch_size, 0)
 
 
-def full_size(name: str, folder: Path) -> tuple[torch.nn.Module, Batches]:
-    """A denoiser of full size with random weights in bf16, and as many random encodings as a batch of one needs."""
+def full_size(name: str, folder: Path, device: torch.device = CPU, batch_size: int = 1) -> tuple[torch.nn.Module, Batches]:
+    """A denoiser of full size with random weights in bf16, and as many random encodings as a batch needs."""
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
     with torch.device("meta"):
         empty = UNet2DConditionModel(sample_size=LATENT[name], **SIZES[name])
-    network = empty.to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False)
+    network = empty.to(torch.bfloat16).to_empty(device=device).requires_grad_(False)
     for p in network.parameters():
         p.data.normal_(0, 0.02) if p.dim() > 1 else p.data.fill_(0.02)
     lora.inject(network, lora.LoraSpec(16, 16.0, 0.0, ("to_q", "to_k", "to_v", "to_out.0")), 0)
     side, width = LATENT[name], SIZES[name]["cross_attention_dim"]
-    write_encodings(folder, 4, (4, side, side), {"hidden": (77, width), **({"pooled": (1280,)} if name == "sdxl" else {})})
-    return network.train(), Batches(Encodings(folder), 1, 0)
+    write_encodings(
+        folder, 4 * batch_size, (4, side, side), {"hidden": (77, width), **({"pooled": (1280,)} if name == "sdxl" else {})}
+    )
+    return network.train(), Batches(Encodings(folder), batch_size, 0)
 
 
 def write_encodings(folder: Path, count: int, latent: tuple[int, ...], text: dict[str, tuple[int, ...]]) -> None:
@@ -154,7 +171,12 @@ def write_encodings(folder: Path, count: int, latent: tuple[int, ...], text: dic
 
 
 def ours(
-    steps: int, denoiser: torch.nn.Module | None = None, batches: Batches | None = None, size: str | None = None
+    steps: int,
+    denoiser: torch.nn.Module | None = None,
+    batches: Batches | None = None,
+    size: str | None = None,
+    device: torch.device = CPU,
+    **hardware: bool,
 ) -> Callable[[], list[float]]:
     """`pipeline.train.train` itself; it asks whether to stop once a step, which is what is timed."""
     from accelerate.state import AcceleratorState
@@ -171,6 +193,8 @@ def ours(
         times: list[float] = []
 
         def stop() -> bool:
+            if len(times) in (1, steps - 1):
+                wait_for(device)
             times.append(time.perf_counter())
             return False
 
@@ -182,7 +206,7 @@ def ours(
                 family("sd").objective(model),
                 data,
                 Train(**settings.model_dump()),
-                Hardware(CPU, None, 1000, 1),
+                Hardware(device, None, 1000, 1, **hardware),
                 Path(work),
                 stop,
                 lambda saved: None,
@@ -190,13 +214,19 @@ def ours(
             )
         times.append(time.perf_counter())
         # the first step warms up, the last one saves
+        if device.type == "cuda":
+            return [(times[steps - 1] - times[1]) / (steps - 2)]
         return [times[i + 1] - times[i] for i in range(1, steps - 1)]
 
     return run
 
 
 def bare(
-    steps: int, denoiser: torch.nn.Module | None = None, batches: Batches | None = None, size: str | None = None
+    steps: int,
+    denoiser: torch.nn.Module | None = None,
+    batches: Batches | None = None,
+    size: str | None = None,
+    device: torch.device = CPU,
 ) -> Callable[[], list[float]]:
     """Forward, backward, optimiser; the batch is made beforehand."""
     params = load_params(ROOT / "params.yaml")
@@ -208,16 +238,17 @@ def bare(
     batch, dtype = data.batch(0, 0, data.batch_size), next(network.parameters()).dtype
     t = objective.timesteps(batch.u)
     x_t, target = objective.noised(batch.x_0, batch.noise, t), objective.target(batch.x_0, batch.noise, t)
-    text = {part: values.to(dtype) for part, values in batch.text.items()}
+    x_t, target, t, geometry = x_t.to(device, dtype), target.to(device), t.to(device), batch.geometry.to(device)
+    text = {part: values.to(device, dtype) for part, values in batch.text.items()}
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=size is not None):
-            predicted = kind.predict(network, x_t.to(dtype), t, text, batch.geometry)
+        with torch.autocast(device.type, torch.bfloat16, enabled=size is not None):
+            predicted = kind.predict(network, x_t, t, text, geometry)
         torch.nn.functional.mse_loss(predicted.float(), target).backward()
         optimiser.step()
         optimiser.zero_grad()
 
-    return lambda: timed(step, steps)
+    return lambda: timed(step, steps, device)
 
 
 def uncached(steps: int) -> Callable[[], list[float]]:
@@ -249,14 +280,28 @@ def uncached(steps: int) -> Callable[[], list[float]]:
     return lambda: timed(step, steps)
 
 
-def timed(step: Callable[[], None], count: int) -> list[float]:
-    """Seconds of each step but the first."""
+def timed(step: Callable[[], None], count: int, device: torch.device = CPU) -> list[float]:
+    """Seconds of each step but the first; on a GPU their mean."""
     times = []
+    if device.type == "cuda":
+        step()
+        wait_for(device)
+        start = time.perf_counter()
+        for _ in range(count - 1):
+            step()
+        wait_for(device)
+        return [(time.perf_counter() - start) / (count - 1)]
     for _ in range(count):
         start = time.perf_counter()
         step()
         times.append(time.perf_counter() - start)
     return times[1:]
+
+
+def wait_for(device: torch.device) -> None:
+    """For all that was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def batch_cost() -> dict[str, float]:
@@ -294,7 +339,9 @@ def child(what: str) -> dict[str, float]:
 
 
 def peak_mib() -> float:
-    """Of this process."""
+    """Of this process, or of the GPU where that was used."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

@@ -411,6 +411,7 @@ class Runtime(Section):
     channels_last: bool = False
     tf32: bool = False
     attention: Literal["auto", "math", "efficient", "flash", "cudnn"] = "auto"
+    deterministic: bool = True
     checkpoint_every: PositiveInt = 100
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     sample_every: PositiveInt | None = None

@@ -21,6 +21,10 @@ _KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
+_NO_KERNEL = (
+    "No available kernel",
+    "No viable backend for scaled_dot_product_attention",
+)  # as torch says it, on CUDA and on a CPU
 
 
 def pick_device(wanted: str, tf32: bool = False) -> torch.device:
@@ -46,6 +50,8 @@ def pick_device(wanted: str, tf32: bool = False) -> torch.device:
         torch.cuda.set_device(device.index or 0)  # Accelerate takes the current one
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
+        # a debugging aid of that mode, which writes every new tensor twice
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.allow_tf32 = tf32  # off: float32 means float32
         torch.backends.cuda.matmul.allow_tf32 = tf32
@@ -70,13 +76,50 @@ def arrange(denoiser: nn.Module, gradient_checkpointing: bool, compile_: bool, c
 
 
 @contextmanager
+def same_bytes_every_time(device: torch.device, wanted: bool) -> Iterator[None]:
+    """Inside the block a GPU adds up in a fixed order, backward too; or may not, where that is not `wanted`.
+
+    Where torch is only to warn of what is not deterministic, attention's backward pass is not: its fused kernels ask for the strict
+    mode alone (ATen's transformers/cuda/attention_backward.cu). Elsewhere than in training nothing goes backward.
+
+    Raises:
+        UserError: an operation of this network has no deterministic kernel.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    torch.use_deterministic_algorithms(wanted)
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        raise UserError(
+            f"runtime.deterministic: {str(error).splitlines()[0]}\nSet it to false: the adapter may then differ in its last bits from run to run"
+        ) from error
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+@contextmanager
 def attention_kernel(name: str) -> Iterator[None]:
-    """Inside the block attention is computed by this kernel of torch's; `auto` leaves the choice to torch."""
+    """Inside the block attention is computed by this kernel of torch's; `auto` leaves the choice to torch.
+
+    Raises:
+        UserError: the kernel is not made for this device, precision or width of an attention head.
+    """
     if name == "auto":
         yield
         return
-    with sdpa_kernel([_KERNELS[name]]):
-        yield
+    try:
+        with sdpa_kernel([_KERNELS[name]]):
+            yield
+    except RuntimeError as error:
+        if not any(said in str(error) for said in _NO_KERNEL):
+            raise
+        raise UserError(
+            f"runtime.attention: {name} cannot compute this network's attention on this device, in this precision: set it to auto"
+        ) from error
 
 
 def peak_mib() -> float:

@@ -76,7 +76,8 @@ def encode_captions(
             # always a full batch: the last bits of a value must not depend on what else is encoded with it
             padded = [todo[k] for k in chunk] + [""] * (_CAPTIONS - len(chunk))
             named = family.encode_captions(encoders, padded, how.caption_chunks, how.clip_skip)
-            entries = {key: {part: values[i].to(dtype) for part, values in named.items()} for i, key in enumerate(chunk)}
+            stored = {part: values.to(dtype).cpu() for part, values in named.items()}
+            entries = {key: {part: values[i] for part, values in stored.items()} for i, key in enumerate(chunk)}
             for key, entry in entries.items():
                 if not all(values.isfinite().all() for values in entry.values()):
                     raise UserError(
@@ -124,8 +125,10 @@ def encode_cuts(
                 if isinstance(loaded, list):
                     raise UserError("\n".join(loaded))
                 posterior = vae.encode(loaded.float() / 127.5 - 1, [todo[k].sample.path for k in batch])
+                # a copy of each: what is kept must not hold its whole batch
+                means, stds = (values.to(dtype).cpu() for values in (posterior.mean, posterior.std))
                 for i, key in enumerate(batch):
-                    mean, std = posterior.mean[i].to(dtype).cpu(), posterior.std[i].to(dtype).cpu()
+                    mean, std = means[i].clone(), stds[i].clone()
                     if not (mean.isfinite().all() and std.isfinite().all()):
                         raise UserError(
                             f"{todo[key].sample.path}: its latents are not finite in {dtype}: set encode.dtype to float32 or "

@@ -10,7 +10,11 @@ from pipeline.config import Params
 from pipeline.workspace import Workspace
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+# What a step takes beside the frozen weights, by family: weights of the network that was measured, then MiB a megapixel of the pictures
+# in a forward pass, without and with gradient checkpointing, in half precision. Measured by bench/memory.py.
+_STEP = {"sd": (860e6, 4400, 1100), "sdxl": (2567e6, 7300, 830)}
 _FROZEN = {"int8": 1.0, "nf4": 0.5, "bf16": 2.0, "fp16": 2.0, "no": 4.0}  # bytes of a weight of the frozen base in training
+_NAMES = {"no": "float32"}
 
 
 def steps_line(params: Params, pictures: int) -> str:
@@ -36,14 +40,26 @@ def time_line(workspace: Workspace, params: Params, pictures: int) -> str:
 
 
 def memory_line(params: Params, denoiser: Path) -> str:
-    """The frozen denoiser's weights, counted from the headers of its files; a step's activations come on top and are not estimated."""
+    """What training takes on a GPU: the frozen denoiser's weights, counted from the headers of its files, and what a forward pass
+    leaves on the way to the gradient, by measurement. The adapter, small beside these, and CUDA's own half a gigabyte come on top."""
     count = weights_in(denoiser)
     if not count:
         return "not known: the base is not one folder of safetensors"
-    kind = params.train.quantise_base or params.train.mixed_precision
+    train, runtime = params.train, params.runtime
+    kind = train.quantise_base or train.mixed_precision
     weights = count * _FROZEN[kind] / 2**30
-    how = "in " + {"no": "float32"}.get(kind, kind)
-    return f"{weights:.2f} GiB for the denoiser's {count / 1e6:,.0f} million weights {how}; what a step needs comes on top"
+    told = f"{_size(weights)} for the denoiser's {count / 1e6:,.0f} million weights in {_NAMES.get(kind, kind)}"
+    if params.model.family not in _STEP:
+        return f"{told}; what a step needs comes on top"
+    measured, plain, checkpointed = _STEP[params.model.family]
+    pictures = runtime.micro_batch or math.ceil(train.batch_size / runtime.processes)
+    megapixels = pictures * params.dataset.resolution**2 / 1e6
+    # a smaller network of the kind is narrower; in float32 all is twice as wide
+    each = math.sqrt(count / measured) * megapixels * (2 if train.mixed_precision == "no" else 1) / 1024
+    step = each * (checkpointed if runtime.gradient_checkpointing else plain)
+    less = "" if runtime.gradient_checkpointing else f", or {_size(each * checkpointed)} with runtime.gradient_checkpointing"
+    many = f"{pictures} picture{'s' * (pictures > 1)} at once"
+    return f"about {_size(weights + step)} of a GPU to train in: {told}, {_size(step)} for {many}{less}"
 
 
 def disk_line(params: Params, vae_config: Path, pictures: int) -> str:
@@ -63,6 +79,10 @@ def _length(params: Params, pictures: int) -> tuple[int, int]:
     """Steps, and pictures that are not held out."""
     learnt = max(1, round(pictures * (1 - params.dataset.held_out_fraction)))
     return params.train.steps or (params.train.epochs or 0) * math.ceil(learnt / params.train.batch_size), learnt
+
+
+def _size(gib: float) -> str:
+    return f"{gib:.1f} GiB" if gib >= 0.95 else f"{gib * 1024:.0f} MiB"
 
 
 def weights_in(folder: Path) -> int:

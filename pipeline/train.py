@@ -18,7 +18,7 @@ from pipeline.batches import Batches
 from pipeline.checkpoint import Checkpoint, best_so_far, latest_checkpoint, save_best, save_checkpoint
 from pipeline.config import Train
 from pipeline.curve import Curve, Row, read_curve, read_rows
-from pipeline.device import arrange, attention_kernel, full_memory_is_the_users, peak_mib
+from pipeline.device import arrange, attention_kernel, full_memory_is_the_users, peak_mib, same_bytes_every_time
 from pipeline.diffusion import Objective, logit_normal, on_device, power, within
 from pipeline.errors import UserError
 from pipeline.evaluate.losses import Questions, mean_loss, spread
@@ -54,6 +54,7 @@ class Hardware:
     compile: bool = False
     channels_last: bool = False
     attention: str = "auto"
+    deterministic: bool = True
     preview_every: int | None = None  # steps
 
 
@@ -183,6 +184,7 @@ def train(
     with (
         full_memory_is_the_users(denoiser, count, hardware.micro_batch or settings.batch_size),
         progress("training", steps if team.rank == 0 else 0, "steps", done=first) as bar,
+        same_bytes_every_time(hardware.device, hardware.deterministic),
         attention_kernel(hardware.attention),
     ):
         if questions and not held_out.rows:

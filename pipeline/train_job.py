@@ -130,6 +130,7 @@ def perform(
             runtime.compile,
             runtime.channels_last,
             runtime.attention,
+            runtime.deterministic,
             runtime.sample_every,
         ),
         work,

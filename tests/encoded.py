@@ -17,6 +17,7 @@ from pipeline.encodings import ContentStore, Encodings, Index, write_encoded
 from pipeline.families import family
 from pipeline.model_source import LocalModel
 
+CPU = torch.device("cpu")
 HOW = How("float32", "float32", flip=False, tiling=False, clip_skip=0, caption_chunks=1)
 FLIPPED = replace(HOW, flip=True)
 
@@ -36,9 +37,10 @@ def encode_manifest(
     how: How = HOW,
     workers: int = 0,
     check_stop: Callable[[], None] = lambda: None,
+    device: torch.device = CPU,
 ) -> tuple[Index, Counts]:
     """precompute-latents-and-embeddings without DVC, in one process."""
-    kind, model, device = family(name), LocalModel(base, None, None), torch.device("cpu")
+    kind, model = family(name), LocalModel(base, None, None)
 
     def work(todo: Todo) -> None:
         encode_todo(todo, manifest, root, kind, model, store, how, device, workers, check_stop)

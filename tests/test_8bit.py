@@ -22,21 +22,23 @@ from pipeline.train_job import perform
 from pipeline.workspace import ENCODED
 
 pytest.importorskip("bitsandbytes", reason="pip install '.[8bit]'; `make test-extras` does")
-CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [("int8", 0.05), ("nf4", 0.4)])
 def test_a_quantised_base_is_near_the_base_and_its_adapter_learns(sd_folder: Path, kind: str, tolerance: float) -> None:
     model, sd = LocalModel(sd_folder, None, None), family("sd")
     plain, small = (sd.load_denoiser(model, torch.float32) for _ in range(2))
-    quantise(small, kind, CPU)
-    args = (torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 16, 16))
+    plain.to(DEVICE)
+    quantise(small, kind, DEVICE)
+    args = tuple(x.to(DEVICE) for x in (torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 16, 16)))
     with torch.no_grad():
         a, b = (net(args[0], args[1], encoder_hidden_states=args[2]).sample for net in (plain, small))
     assert 0 < float((a - b).norm() / a.norm()) < tolerance
     weights = dict(small.named_parameters())
     assert weights["down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight"].dtype in (torch.int8, torch.uint8)
     parameters = lora.inject(small, lora.LoraSpec(2, 2.0, 0.0, ("to_q", "to_v")), 0)
+    small.to(DEVICE)
     assert all(p.dtype == torch.float32 for p in parameters)
     optimiser = torch.optim.AdamW(parameters, lr=0.01)
     losses = []
@@ -65,7 +67,7 @@ def test_adamw8bit_moves_resumes_to_the_bit_and_keeps_its_state_small(
     encodings: Encodings, sd_folder: Path, tmp_path: Path
 ) -> None:
     """Of a large rank: bitsandbytes leaves the state of small tensors in 32 bits."""
-    bench, spec = Bench(encodings, sd_folder, tmp_path), lora.LoraSpec(256, 256.0, 0.0, SPEC.targets)
+    bench, spec = Bench(encodings, sd_folder, tmp_path, device=DEVICE), lora.LoraSpec(256, 256.0, 0.0, SPEC.targets)
     options = {"optimiser": "adamw8bit", "ema_decay": 0.9, "schedule": "cosine", "warmup_steps": 2}
     for name in ("whole", "parts", "other"):
         (tmp_path / name).mkdir()
@@ -86,6 +88,7 @@ def test_a_training_on_a_quantised_base_goes_on_to_the_same_bytes(
     """Through what the stage calls, from settings to the adapter of a base as it was published."""
     project = new_project()
     project.set("train", quantise_base=kind, steps=6)
+    project.set("runtime", device=DEVICE.type)
     params = load_params(project.path("params.yaml"))
     encode_folder(pictures_folder, sd_folder, tmp_path / "store", project.root / ENCODED)
 

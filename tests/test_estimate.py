@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from project import PARAMS
+from project import PARAMS, REPOSITORY
 
 from pipeline.config import Params
 from pipeline.estimate import disk_line, memory_line, steps_line, time_line, weights_in
@@ -22,8 +23,26 @@ def params(**sections: dict) -> Params:
 def test_weights_are_counted_from_the_headers(sd_folder: Path) -> None:
     count = UNet2DConditionModel.from_pretrained(sd_folder / "unet").num_parameters()
     assert weights_in(sd_folder / "unet") == count
-    assert memory_line(params(), sd_folder / "unet").startswith(f"{count * 4 / 2**30:.2f} GiB")
+    assert f"{count * 4 / 2**20:.0f} MiB for the denoiser's" in memory_line(params(), sd_folder / "unet")
     assert "not known" in memory_line(params(), sd_folder / "nothing")
+
+
+def test_memory_is_what_was_measured_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row of bench/results/memory.json within a tenth."""
+    rows = json.loads((REPOSITORY / "bench" / "results" / "memory.json").read_text())["measured"]
+    weights = {"sd15": ("sd", 512, 859_520_964), "sdxl": ("sdxl", 1024, 2_567_463_684)}
+    for row in rows:
+        family, resolution, count = weights[row["size"]]
+        monkeypatch.setattr("pipeline.estimate.weights_in", lambda folder, count=count: count)
+        asked = params(
+            model={"family": family},
+            dataset={"resolution": resolution},
+            train={"mixed_precision": "bf16", "batch_size": 8},
+            runtime={"micro_batch": row["micro_batch"], "gradient_checkpointing": row["gradient_checkpointing"]},
+        )
+        told = memory_line(asked, tmp_path)
+        foretold = float(told.removeprefix("about ").split()[0])
+        assert foretold == pytest.approx(row["peak MiB"] / 1024, rel=0.1), (row, told)
 
 
 def test_latents_are_as_large_as_the_vae_makes_them(sd_folder: Path) -> None:

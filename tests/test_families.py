@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from encoded import encode_folder
@@ -82,13 +83,14 @@ def test_normalised_latents_decode_to_the_picture_the_vae_makes_of_it(case) -> N
 
     kind, model = case
     pipeline = kind.load_pipeline(model, CPU, torch.float32)
-    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():
         posterior = kind.encode_pixels(kind.load_vae(model, CPU, torch.float32), pixels)
         expected = pipeline.vae.decode(pipeline.vae.encode(pixels).latent_dist.mean).sample
     pictures = decode_latents(pipeline, posterior.mean)
     for mine, theirs in zip(pictures, pipeline.image_processor.postprocess(expected, output_type="pil"), strict=True):
-        assert mine.tobytes() == theirs.tobytes()
+        levels = np.asarray(mine, np.int16) - np.asarray(theirs, np.int16)
+        assert abs(levels).max() <= 1  # a last bit can tip a value over a rounding edge
 
 
 def test_a_vae_that_shifts_its_channels_is_refused(sd_folder: Path, tmp_path: Path) -> None:

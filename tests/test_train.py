@@ -26,6 +26,8 @@ from pipeline.progress import progress
 from pipeline.safetensors_file import write_safetensors
 from pipeline.train import Hardware, _loss_sum, read_curve, train
 
+CPU = torch.device("cpu")
+BASE_TYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SPEC = lora.LoraSpec(rank=2, alpha=4.0, dropout=0.0, targets=("to_q", "to_k", "to_v", "to_out.0"))
 
 
@@ -37,6 +39,7 @@ class Bench:
     base: Path
     work: Path
     family: str = "sd"
+    device: torch.device = CPU
     settings: dict[str, Any] = field(default_factory=lambda: {"steps": 8, "batch_size": 4, "learning_rate": 0.01, "seed": 3})
 
     def train(
@@ -54,9 +57,7 @@ class Bench:
         AcceleratorState._reset_state(reset_partial_state=True)  # one training a process, elsewhere than here
         settings = Train(**{**self.settings, **changes})
         model, kind = LocalModel(self.base, None, None), family(self.family)
-        denoiser = denoiser or kind.load_denoiser(
-            model, torch.bfloat16 if settings.mixed_precision == "bf16" else torch.float32
-        )
+        denoiser = denoiser or kind.load_denoiser(model, BASE_TYPES[settings.mixed_precision])
         lora.inject(denoiser, spec, settings.seed)
         batches = Batches(self.encodings, settings.batch_size, settings.seed, settings.caption_dropout)
         asked = []
@@ -74,7 +75,7 @@ class Bench:
             kind.objective(model),
             batches,
             settings,
-            Hardware(torch.device("cpu"), micro, every, keep, **(hardware or {})),
+            Hardware(self.device, micro, every, keep, **(hardware or {})),
             self.work / work,
             stop,
             check_stop,
@@ -366,3 +367,9 @@ def test_prior_weight_and_masks_reach_the_loss(bench: Bench, monkeypatch: pytest
     masks[1] = 0
     assert loss(mask=masks) == pytest.approx(whole - alone[1], rel=1e-5)
     assert loss(mask=torch.zeros_like(masks)) == 0
+
+
+def test_an_attention_kernel_that_cannot_compute_this_is_named(bench: Bench) -> None:
+    """cuDNN's is for GPUs."""
+    with pytest.raises(UserError, match=r"runtime\.attention: cudnn .*set it to auto"):
+        bench.train("run", hardware={"attention": "cudnn"})

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.diffusion import Objective, stratified
+from pipeline.diffusion import Objective, on_device, stratified
 from pipeline.encodings import EncodedSample, Encodings
 from pipeline.families.base import Family
 from pipeline.losses import mse_per_sample
@@ -52,7 +52,7 @@ def mean_loss(
     pairs = sorted(
         ((s, i) for s in questions.samples for i in range(questions.timesteps)), key=lambda p: (p[0].size, p[0].id, p[1])
     )
-    total = 0.0
+    objective, total = on_device(objective, device), 0.0
     for start in range(0, len(pairs), batch_size):
         check_stop()
         chunk = list(pairs[start : start + batch_size])
