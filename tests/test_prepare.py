@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -412,3 +413,20 @@ def test_pictures_keep_their_own_captions_whatever_thread_reads_them(folder: Pat
         put(folder, f"{i:03d}.png", Image.new("RGB", (40, 40), (i * 3, 0, 0)), f"red {i * 3}")
     for path, sample in samples(folder, duplicates="keep").items():
         assert sample.captions == (f"red {decode(folder / path, 10**6).image.getpixel((0, 0))[0]}",)
+
+
+def test_a_picture_more_takes_a_kilobyte_or_two(tmp_path: Path) -> None:
+    """Names, hashes, captions and a thumbnail; with a `Path` for each, a geometry and large thumbnails it was three and a half."""
+
+    def peak(count: int) -> int:
+        folder = tmp_path / str(count)
+        for i in range(count):
+            put(folder, f"{i:04d}.png", noise(32, 32, i))
+        tracemalloc.start()
+        run(folder)
+        taken = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return taken
+
+    peak(20)  # whatever is loaded on first use
+    assert (peak(420) - peak(120)) / 300 < 1500
