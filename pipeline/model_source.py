@@ -12,8 +12,9 @@ from importlib import import_module
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.files import files_under, hash_file, hash_json
+from pipeline.files import files_under, hash_json
 from pipeline.progress import say
+from pipeline.remembered import hash_weights
 from pipeline.workspace import Workspace
 
 _CONTENT = (".json", ".txt", ".model", ".safetensors")  # configs, vocabularies, sentencepiece models, weights
@@ -53,15 +54,15 @@ class LocalModel:
         if self.commit:
             return hash_json([self.commit, self.variant, sorted(components)])
         roots = [self.path / c for c in components] if components else [self.path]
-        files = {p.relative_to(self.path).as_posix(): hash_file(p) for root in roots for p in _content_files(root)}
+        files = {p.relative_to(self.path).as_posix(): hash_weights(p) for root in roots for p in _content_files(root)}
         return hash_json([self.variant, files])
 
 
 def pin_of(folder: Path) -> str:
     """The `sha256:…` pin of a local model: over the names and bytes of configs, vocabularies and weights, or over the one file."""
     if folder.is_file():
-        return "sha256:" + hash_file(folder)
-    return "sha256:" + hash_json({p.relative_to(folder).as_posix(): hash_file(p) for p in _content_files(folder)})
+        return "sha256:" + hash_weights(folder)
+    return "sha256:" + hash_json({p.relative_to(folder).as_posix(): hash_weights(p) for p in _content_files(folder)})
 
 
 def resolve(source: ModelSource, root: Path, key: str = "model.base") -> LocalModel:

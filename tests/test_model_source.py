@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import UserError
+from pipeline.files import hash_file
 from pipeline.model_source import LocalModel, ModelSource, pin_of, resolve
+from pipeline.remembered import hash_weights
 
 
 @pytest.fixture
@@ -81,3 +85,43 @@ def test_fingerprints_tell_components_apart(base: Path) -> None:
     assert model.fingerprint("vae") != vae and model.fingerprint("text_encoder", "tokenizer") == text
     hub = LocalModel(base, None, "a" * 40)
     assert hub.fingerprint("vae") != LocalModel(base, "fp16", "a" * 40).fingerprint("vae") != hub.fingerprint("unet")
+
+
+def test_the_hash_of_a_large_file_is_remembered_until_it_is_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.setattr("pipeline.remembered._LARGE", 8)
+    read: list[Path] = []
+
+    def counted(path: Path) -> str:
+        read.append(path)
+        return hash_file(path)
+
+    def asked(path: Path) -> tuple[str, int]:
+        read.clear()
+        return hash_weights(path), len(read)
+
+    monkeypatch.setattr("pipeline.remembered.hash_file", counted)
+    weights, one, other = tmp_path / "w.safetensors", b"0123456789", b"9876543210"
+    weights.write_bytes(one)
+    first = hashlib.sha256(one).hexdigest()
+    assert (
+        asked(weights) == asked(weights) == (first, 1)
+    )  # written a moment ago: it may be written again within a tick of the clock
+    monkeypatch.setattr("pipeline.remembered._SETTLED", -1.0)
+    assert asked(weights) == (first, 1)
+    assert asked(weights) == (first, 0)
+    before = weights.stat()
+    weights.write_bytes(other)  # as many bytes, and the old time of change put back, as unpacking an archive does
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    second = hashlib.sha256(other).hexdigest()
+    assert asked(weights) == (second, 1)
+    assert asked(weights) == (second, 0)
+    (tmp_path / "new").write_bytes(one)
+    (tmp_path / "new").replace(weights)
+    assert asked(weights) == (first, 1)
+    next((tmp_path / ".work" / "hashes").iterdir()).write_text("{")
+    assert asked(weights) == (first, 1)
+    small = tmp_path / "small"
+    small.write_bytes(b"1")
+    assert asked(small)[1] == asked(small)[1] == 1
