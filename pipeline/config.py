@@ -425,6 +425,14 @@ class Runtime(Section):
             raise ValueError(f"machines {self.machines} need main_address, the first one's host:port")
         return self
 
+    @model_validator(mode="after")
+    def _kernel_keeps_the_order(self) -> Runtime:
+        if self.attention == "cudnn" and self.deterministic:
+            raise ValueError(
+                "attention cudnn adds up in any order when it goes backward: set deterministic to false, or attention to auto"
+            )
+        return self
+
 
 class Tracking(Section):
     """`tracking`: where MLflow mirrors the files. No stage's result depends on it."""

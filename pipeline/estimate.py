@@ -13,8 +13,8 @@ _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # What a step takes beside the frozen weights, by family: weights of the network that was measured, then MiB a megapixel of the pictures
 # in a forward pass, without and with gradient checkpointing, in half precision. Measured by bench/memory.py.
 _STEP = {"sd": (860e6, 4400, 1100), "sdxl": (2567e6, 7300, 830)}
-_FROZEN = {"int8": 1.0, "nf4": 0.5, "bf16": 2.0, "fp16": 2.0, "no": 4.0}  # bytes of a weight of the frozen base in training
-_NAMES = {"no": "float32"}
+_FROZEN = {"bf16": 2.0, "fp16": 2.0, "no": 4.0}  # bytes of a weight of the frozen base in training
+_QUANTISED = {"int8": 1.0, "nf4": 0.5}  # the same of a linear layer's
 
 
 def steps_line(params: Params, pictures: int) -> str:
@@ -42,24 +42,31 @@ def time_line(workspace: Workspace, params: Params, pictures: int) -> str:
 def memory_line(params: Params, denoiser: Path) -> str:
     """What training takes on a GPU: the frozen denoiser's weights, counted from the headers of its files, and what a forward pass
     leaves on the way to the gradient, by measurement. The adapter, small beside these, and CUDA's own half a gigabyte come on top."""
-    count = weights_in(denoiser)
+    count, linear = weights_in(denoiser)
     if not count:
         return "not known: the base is not one folder of safetensors"
     train, runtime = params.train, params.runtime
-    kind = train.quantise_base or train.mixed_precision
-    weights = count * _FROZEN[kind] / 2**30
-    told = f"{_size(weights)} for the denoiser's {count / 1e6:,.0f} million weights in {_NAMES.get(kind, kind)}"
+    each_weight = _FROZEN[train.mixed_precision]
+    weights = (linear * _QUANTISED.get(train.quantise_base or "", each_weight) + (count - linear) * each_weight) / 2**30
+    rest = "float32" if train.mixed_precision == "no" else train.mixed_precision
+    how = f"{rest}, the linear ones in {train.quantise_base}" if train.quantise_base else rest
+    told = f"{_size(weights)} for the denoiser's {count / 1e6:,.0f} million weights in {how}"
     if params.model.family not in _STEP:
         return f"{told}; what a step needs comes on top"
     measured, plain, checkpointed = _STEP[params.model.family]
-    pictures = runtime.micro_batch or math.ceil(train.batch_size / runtime.processes)
+    share = math.ceil(train.batch_size / (runtime.processes * runtime.machines))
+    pictures = min(runtime.micro_batch or share, share)
     megapixels = pictures * params.dataset.resolution**2 / 1e6
     # a smaller network of the kind is narrower; in float32 all is twice as wide
     each = math.sqrt(count / measured) * megapixels * (2 if train.mixed_precision == "no" else 1) / 1024
     step = each * (checkpointed if runtime.gradient_checkpointing else plain)
     less = "" if runtime.gradient_checkpointing else f", or {_size(each * checkpointed)} with runtime.gradient_checkpointing"
     many = f"{pictures} picture{'s' * (pictures > 1)} at once"
-    return f"about {_size(weights + step)} of a GPU to train in: {told}, {_size(step)} for {many}{less}"
+    beside = "; the text encoders that learn come on top" if params.lora.text_encoder else ""
+    beside += (
+        "; so do previews" if runtime.sample_every and beside else "; previews come on top" if runtime.sample_every else ""
+    )
+    return f"about {_size(weights + step)} to train in on a GPU: {told}, {_size(step)} for {many}{less}{beside}"
 
 
 def disk_line(params: Params, vae_config: Path, pictures: int) -> str:
@@ -85,11 +92,14 @@ def _size(gib: float) -> str:
     return f"{gib:.1f} GiB" if gib >= 0.95 else f"{gib * 1024:.0f} MiB"
 
 
-def weights_in(folder: Path) -> int:
-    """Numbers in the tensors of a folder's files, by each file's header alone; a tensor of several variants counts once."""
-    found: dict[str, int] = {}
+def weights_in(folder: Path) -> tuple[int, int]:
+    """Numbers in the tensors of a folder's files, all of them and those of linear layers, by each file's header alone; a tensor of
+    several variants counts once."""
+    found: dict[str, tuple[int, bool]] = {}
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        found |= {name: math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-    return sum(found.values())
+        for name, entry in header.items():
+            if name != "__metadata__":
+                found[name] = math.prod(entry["shape"]), len(entry["shape"]) == 2 and name.endswith(".weight")
+    return sum(count for count, _ in found.values()), sum(count for count, linear in found.values() if linear)

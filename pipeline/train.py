@@ -185,7 +185,6 @@ def train(
         full_memory_is_the_users(denoiser, count, hardware.micro_batch or settings.batch_size),
         progress("training", steps if team.rank == 0 else 0, "steps", done=first) as bar,
         same_bytes_every_time(hardware.device, hardware.deterministic),
-        attention_kernel(hardware.attention),
     ):
         if questions and not held_out.rows:
             measure(first)  # the base: what all later ones are to be held against
@@ -201,9 +200,12 @@ def train(
             begin, end = team.share(len(members))
             for start in range(begin, end, hardware.micro_batch or max(1, end - begin)):
                 last = min(end, start + (hardware.micro_batch or end))
-                part = _loss_sum(model, family, objective, batches, settings, step, start, last, accelerator.device, live)
+                part = _loss_sum(
+                    model, family, objective, batches, settings, step, start, last, accelerator.device, live, hardware.attention
+                )
                 part = part / len(members)
-                accelerator.backward(part)
+                with attention_kernel(hardware.attention):  # backward too: checkpointed blocks are computed again
+                    accelerator.backward(part)
                 loss += part.detach()
             if begin == end:  # a loss scale must be known to this process too, before it steps
                 accelerator.backward(sum((p.sum() for p in parameters), loss) * 0)
@@ -244,6 +246,7 @@ def _loss_sum(
     stop: int,
     device: torch.device,
     live: LiveText | None,
+    kernel: str = "auto",
 ) -> Tensor:
     """The summed loss of positions [start, stop) of a step's batch: a scalar with gradients."""
     batch = batches.batch(step, start, stop)
@@ -255,13 +258,10 @@ def _loss_sum(
     text = live.encode(batch.captions) if live else {part: _sent(values, device) for part, values in batch.text.items()}
     x_t = objective.noised(x_0, input_noise, t)
     dtype = next(model.parameters()).dtype
-    predicted = family.predict(
-        model,
-        x_t.to(dtype),
-        t,
-        {part: values.to(dtype) for part, values in text.items()},
-        _sent(batch.geometry, device),
-    )
+    text = {part: values.to(dtype) for part, values in text.items()}
+    geometry = _sent(batch.geometry, device)
+    with attention_kernel(kernel):  # not text encoders' or previews': those may be in another precision
+        predicted = family.predict(model, x_t.to(dtype), t, text, geometry)
     mask = None if batch.mask is None else _sent(batch.mask, device)
     losses = sample_losses(_loss(settings), objective, predicted, objective.target(x_0, noise, t), t, mask)
     return (losses * _sent(batch.weight, device).to(losses.dtype)).sum()

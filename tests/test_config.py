@@ -254,3 +254,15 @@ def test_prompts_come_from_a_file(tmp_path: Path) -> None:
     assert load_params(tmp_path / "params.yaml").validate_.prompts == ("one: a cat", "two, # not a comment")
     with pytest.raises(UserError, match=r"@none.txt: the file cannot be read"):
         set_values(workspace, ["validate.prompts=@none.txt"])
+
+
+def test_cudnn_attention_and_the_same_bytes_exclude_each_other(tmp_path: Path) -> None:
+    assert "set deterministic to false" in refusal(tmp_path, "  attention: auto", "  attention: cudnn")
+    load_params(
+        write(
+            tmp_path,
+            SHIPPED.replace("  attention: auto", "  attention: cudnn").replace(
+                "  deterministic: true", "  deterministic: false"
+            ),
+        )
+    )

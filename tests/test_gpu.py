@@ -165,9 +165,9 @@ def test_how_the_gpu_is_used_changes_rounding_alone(bench: Bench, hardware: dict
 
 
 def test_a_kernel_that_cannot_compute_this_is_named(bench: Bench) -> None:
-    """cuDNN's attention takes no float32."""
-    with pytest.raises(UserError, match=r"runtime\.attention: cudnn .*set it to auto"):
-        bench.train("run", hardware={"attention": "cudnn"})
+    """Flash attention takes no float32; nor need it where something else than the denoiser computes, in another precision."""
+    with pytest.raises(UserError, match=r"runtime\.attention: flash .*set it to auto"):
+        bench.train("run", hardware={"attention": "flash"})
 
 
 def test_tf32_is_used_where_asked_for() -> None:

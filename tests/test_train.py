@@ -17,6 +17,7 @@ from pipeline import lora
 from pipeline.batches import Batches
 from pipeline.checkpoint import latest_checkpoint
 from pipeline.config import Train
+from pipeline.device import same_bytes_every_time
 from pipeline.encodings import Encodings
 from pipeline.errors import Interrupted, UserError
 from pipeline.evaluate.losses import Questions, mean_loss
@@ -373,3 +374,15 @@ def test_an_attention_kernel_that_cannot_compute_this_is_named(bench: Bench) -> 
     """cuDNN's is for GPUs."""
     with pytest.raises(UserError, match=r"runtime\.attention: cudnn .*set it to auto"):
         bench.train("run", hardware={"attention": "cudnn"})
+
+
+def test_a_cudnn_error_is_not_taken_for_want_of_determinism() -> None:
+    """Its messages quote a line of Python with the word in it."""
+    for wanted in (True, False):
+        with pytest.raises(RuntimeError, match="INTERNAL"), same_bytes_every_time(torch.device("cuda"), wanted):
+            raise RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR\ntorch.backends.cudnn.deterministic = False")
+    refused = pytest.raises(UserError, match=r"runtime\.deterministic: put_ does not .*\nSet it to false")
+    with refused, same_bytes_every_time(torch.device("cuda"), True):
+        raise RuntimeError("put_ does not have a deterministic implementation, but you set …")
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)

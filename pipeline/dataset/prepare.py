@@ -349,16 +349,16 @@ def _without_duplicates(
     held_out = Alike(likenesses, [j for j, sample in enumerate(samples) if sample.split == "held-out"])
     pairs: dict[int, int] = {}  # each near-duplicate, and the first picture that it repeats
     gone: dict[int, str] = {}  # by place: two rows of an archive may hold one picture, and then share its path
+    kept = {split: np.zeros(len(samples), np.bool_) for split in ("train", "held-out")}
     for j, sample in enumerate(samples):
-        for i in everyone.near(j):
-            if i == j:
-                break
-            pairs.setdefault(j, i)
-            if settings.duplicates != "drop":
-                break
-            if i not in gone and samples[i].split == sample.split:
+        first = next(everyone.near(j))  # itself, if no other
+        if first < j:
+            pairs[j] = first
+        if settings.duplicates == "drop":
+            if first < j and (i := next(everyone.near(j, kept[sample.split]), None)) is not None:
                 gone[j] = f"nearly the same picture as {samples[i].path}"
-                break
+            else:
+                kept[sample.split][j] = True
     for j, sample in enumerate(samples):
         if sample.split == "train" and j not in gone and (other := next(held_out.near(j), None)) is not None:
             gone[j] = f"nearly the same picture as {samples[other].path}, which is held out: losses would flatter"

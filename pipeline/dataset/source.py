@@ -64,9 +64,19 @@ class Source(Protocol):
 
 def visible_files(folder: Path) -> Collection[str]:
     """Every file below the folder by its relative path with `/`, sorted; hidden files and folders are left alone, and folders that
-    are links. Names alone: a `Path` for each of very many files would take more memory than all else that is known of them."""
+    are links. Names alone: a `Path` for each of very many files would take more memory than all else that is known of them.
+
+    Raises:
+        UserError: a folder that cannot be listed.
+    """
     names: list[str] = []
-    for place, folders, files in os.walk(folder):
+
+    def refuse(error: OSError) -> None:
+        raise UserError(
+            f"dataset.path: {error.filename} cannot be listed: {error.strerror}: its pictures would be missing unnoticed"
+        )
+
+    for place, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         inside = Path(place).relative_to(folder).as_posix()
         prefix = "" if inside == "." else inside + "/"
