@@ -61,7 +61,8 @@ def main() -> None:
         wide = Path(temporary) / "wide"
         draw(wide / "data", WIDE_COUNT, side=WIDE)
         child("prepare", wide, WIDE)
-        shares = {SIDE: share(Path(temporary) / str(args.small), SIDE), WIDE: share(wide, WIDE)}
+        rates = [rows[args.large]["encode"]["rate"] / child("bare", large)["rate"] for _ in range(ROUNDS)]
+        shares = {SIDE: spread(rates), WIDE: share(wide, WIDE)}
     small, big = rows[args.small], rows[args.large]
     results |= {
         "pictures": [args.small, args.large],
@@ -96,7 +97,12 @@ def share(folder: Path, side: int) -> dict[str, float]:
         for made in ("store", "out"):
             shutil.rmtree(folder / made, ignore_errors=True)
         found.append(child("encode", folder, side)["rate"] / child("bare", folder, side)["rate"])
-    return {"median": statistics.median(found), "min": min(found), "max": max(found)}
+    return spread(found)
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Of ratios."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def draw(folder: Path, count: int, first: int = 0, side: int = SIDE) -> None:
