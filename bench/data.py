@@ -165,7 +165,7 @@ def bare(folder: Path, side: int) -> dict[str, float]:
 
     kind = family("sd")
     vae = kind.load_vae(LocalModel(ROOT / "assets" / "tiny-sd", None, None), torch.device("cpu"), torch.float32)
-    pixels, batches = torch.randn(8, 3, side, side), max(12, 250 * SIDE**2 // side**2)
+    pixels, batches = torch.randn(8, 3, side, side), max(10, 250 * SIDE**2 // side**2)
     with torch.inference_mode():
         for _ in range(10):
             kind.encode_pixels(vae, pixels)

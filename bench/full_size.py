@@ -27,12 +27,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "bench")]
 
 import torch  # noqa: E402
 from data import draw  # noqa: E402
-from project import Project  # noqa: E402
+from project import Project, copy_of_what_is_tracked  # noqa: E402
 from train import SIZES  # noqa: E402
+
+from stages import STAGES  # noqa: E402
 
 PICTURES = 24
 RESOLUTION = {"tiny": 64, "sd15": 512, "sdxl": 1024}
-STAGES = ("prepare-dataset", "precompute-latents-and-embeddings", "train-lora", "validate", "export-and-card")
 
 
 def main() -> None:
@@ -76,21 +77,7 @@ def main() -> None:
 
 def lay_out(root: Path, args: argparse.Namespace) -> Project:
     """A project with a base of full size."""
-    root.mkdir()
-    for name in (
-        "cli.py",
-        "dvc.yaml",
-        ".gitignore",
-        ".dvcignore",
-        "params.yaml",
-        ".dvc/config",
-        "pipeline",
-        "stages",
-        "assets",
-    ):
-        source, target = ROOT / name, root / name
-        target.parent.mkdir(exist_ok=True)
-        shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+    copy_of_what_is_tracked(root)
     subprocess.run(["git", "init", "-q"], cwd=root, check=True)
     project, side = Project(root), RESOLUTION[args.size]
     draw(root / "data", PICTURES, side=side)
@@ -108,8 +95,7 @@ def lay_out(root: Path, args: argparse.Namespace) -> Project:
     )
     project.set("runtime", device=args.device)
     project.set("tracking", enabled=False)
-    params = project.params()
-    project.write(params | {"gate": {}})
+    project.write(project.params() | {"gate": {}})
     return project
 
 

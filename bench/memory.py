@@ -1,6 +1,6 @@
 """What a training step takes on a GPU beside the network, by pictures a forward pass: what `check` tells is fitted to this.
 
-    python bench/memory.py                # a minute on an H100
+    python bench/memory.py                # a minute or two on an H200
 
 Networks of full size with random weights in bf16, rank 16 on the attention, through the real loop. MiB a megapixel of the picture are
 the peak less what is there between two steps, over micro-batch and area. Written to `bench/results/memory.json`.

@@ -62,10 +62,9 @@ def memory_line(params: Params, denoiser: Path) -> str:
     step = each * (checkpointed if runtime.gradient_checkpointing else plain)
     less = "" if runtime.gradient_checkpointing else f", or {_size(each * checkpointed)} with runtime.gradient_checkpointing"
     many = f"{pictures} picture{'s' * (pictures > 1)} at once"
-    beside = "; the text encoders that learn come on top" if params.lora.text_encoder else ""
-    beside += (
-        "; so do previews" if runtime.sample_every and beside else "; previews come on top" if runtime.sample_every else ""
-    )
+    beside = "; previews come on top" if runtime.sample_every else ""
+    if params.lora.text_encoder:
+        beside = "; the text encoders that learn come on top" + ("; so do previews" if runtime.sample_every else "")
     return f"about {_size(weights + step)} to train in on a GPU: {told}, {_size(step)} for {many}{less}{beside}"
 
 

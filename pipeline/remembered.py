@@ -29,7 +29,7 @@ def hash_weights(path: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not asked yet, or cut short
     found = hash_file(path)
-    if _state(path) == state and time.time() - max(path.stat().st_mtime, path.stat().st_ctime) > _SETTLED:
+    if _state(path) == state and time.time() - max(state[-2:]) / 1e9 > _SETTLED:
         with contextlib.suppress(OSError):  # a full disk, a project that may only be read: then it is read again next time
             write_json(note, {"state": state, "sha256": found})
     return found

@@ -12,7 +12,10 @@ import hub as stand_in
 import pytest
 import tiny
 import torch
+from encoded import encode_folder
 from project import Project, make_project
+
+from pipeline.encodings import Encodings
 
 torch.set_num_threads(1)  # tiny models: threads cost more than they bring
 
@@ -40,6 +43,13 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def pictures_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.make_pictures(tmp_path_factory.mktemp("pictures") / "data")
+
+
+@pytest.fixture(scope="session")
+def encodings(tmp_path_factory: pytest.TempPathFactory, pictures_folder: Path, sd_folder: Path) -> Encodings:
+    """The pictures as the tiny base encodes them, three tenths of them held out."""
+    out = tmp_path_factory.mktemp("encoded")
+    return encode_folder(pictures_folder, sd_folder, out / "store", out / "out", held_out_fraction=0.3)[0]
 
 
 @pytest.fixture

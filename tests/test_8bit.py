@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from encoded import encode_folder
-from test_train import SPEC, Bench, same
+from test_train import SPEC, Bench, performed, same
 
 from pipeline import lora
 from pipeline.config import load_params
@@ -18,7 +18,6 @@ from pipeline.families import family
 from pipeline.model_source import LocalModel
 from pipeline.quantise import quantise
 from pipeline.safetensors_file import read_safetensors
-from pipeline.train_job import perform
 from pipeline.workspace import ENCODED
 
 pytest.importorskip("bitsandbytes", reason="pip install '.[8bit]'; `make test-extras` does")
@@ -92,23 +91,10 @@ def test_a_training_on_a_quantised_base_goes_on_to_the_same_bytes(
     params = load_params(project.path("params.yaml"))
     encode_folder(pictures_folder, sd_folder, tmp_path / "store", project.root / ENCODED)
 
-    def job(work: str, stop_at: int = 99) -> dict[str, torch.Tensor]:
-        asked: list[None] = []
-
-        def stop() -> bool:
-            asked.append(None)
-            return len(asked) > stop_at
-
-        def check_stop(saved: str) -> None:
-            raise Interrupted(saved)
-
-        (tmp_path / work).mkdir(exist_ok=True)
-        return perform(params, project.root, tmp_path / work, stop, check_stop, lambda rows: None).weights
-
-    whole = job("whole")
+    whole = performed(params, project.root, tmp_path / "whole")
     with pytest.raises(Interrupted):
-        job("parts", 3)
-    assert same(whole, job("parts"))
+        performed(params, project.root, tmp_path / "parts", stop_at=3)
+    assert same(whole, performed(params, project.root, tmp_path / "parts"))
     assert all(tensor.dtype == torch.float32 for tensor in whole.values())
     plain = family("sd").load_denoiser(LocalModel(sd_folder, None, None), torch.float32)
     lora.inject(plain, lora.LoraSpec(**params.lora.model_dump(exclude={"init_from", "text_encoder"})), 0)

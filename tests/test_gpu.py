@@ -11,16 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from encoded import HOW, encode_folder, encode_manifest, prepare_folder
 from project import Project, make_project
-from test_train import Bench, same
+from test_train import Bench, bench_in, performed, same
 
 from pipeline.config import load_params
 from pipeline.device import pick_device
 from pipeline.encodings import ContentStore, Encodings
 from pipeline.errors import Interrupted, UserError
-from pipeline.train_job import perform
 from pipeline.workspace import ENCODED
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")
@@ -33,17 +31,9 @@ def exact() -> None:
     pick_device("cuda")
 
 
-@pytest.fixture(scope="module")
-def encodings(tmp_path_factory: pytest.TempPathFactory, pictures_folder: Path, sd_folder: Path) -> Encodings:
-    out = tmp_path_factory.mktemp("encoded")
-    return encode_folder(pictures_folder, sd_folder, out / "store", out / "out", held_out_fraction=0.3)[0]
-
-
 @pytest.fixture
 def bench(encodings: Encodings, sd_folder: Path, tmp_path: Path) -> Bench:
-    for name in ("run", "other", "whole", "parts"):
-        (tmp_path / name).mkdir()
-    return Bench(encodings, sd_folder, tmp_path, device=CUDA)
+    return bench_in(tmp_path, encodings, sd_folder, CUDA)
 
 
 # --- the loop
@@ -287,24 +277,10 @@ def test_every_family_trains_and_goes_on_to_the_same_bytes(
     params = load_params(project.path("params.yaml"))
     encode_folder(pictures_folder, base, tmp_path / "store", project.root / ENCODED, name=name)
 
-    def job(work: str, stop_at: int = 99) -> dict[str, torch.Tensor]:
-        asked: list[None] = []
-
-        def stop() -> bool:
-            asked.append(None)
-            return len(asked) > stop_at
-
-        def check_stop(saved: str) -> None:
-            raise Interrupted(saved)
-
-        AcceleratorState._reset_state(reset_partial_state=True)
-        (tmp_path / work).mkdir(exist_ok=True)
-        return perform(params, project.root, tmp_path / work, stop, check_stop, lambda rows: None).weights
-
-    whole = job("whole")
+    whole = performed(params, project.root, tmp_path / "whole")
     with pytest.raises(Interrupted):
-        job("parts", 3)
-    assert same(whole, job("parts"))
+        performed(params, project.root, tmp_path / "parts", stop_at=3)
+    assert same(whole, performed(params, project.root, tmp_path / "parts"))
     assert all(tensor.isfinite().all() for tensor in whole.values())
 
 

@@ -106,9 +106,8 @@ def test_the_hash_of_a_large_file_is_remembered_until_it_is_touched(tmp_path: Pa
     weights, one, other = tmp_path / "w.safetensors", b"0123456789", b"9876543210"
     weights.write_bytes(one)
     first = hashlib.sha256(one).hexdigest()
-    assert (
-        asked(weights) == asked(weights) == (first, 1)
-    )  # written a moment ago: it may be written again within a tick of the clock
+    # written a moment ago: it may be written again within a tick of the clock
+    assert asked(weights) == asked(weights) == (first, 1)
     monkeypatch.setattr("pipeline.remembered._SETTLED", -1.0)
     assert asked(weights) == (first, 1)
     assert asked(weights) == (first, 0)

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from encoded import encode_folder
-from test_train import SPEC, Bench, same
+from test_train import SPEC, Bench, bench_in, same
 
 from pipeline import lora
 from pipeline.batches import Batches
@@ -31,17 +30,9 @@ from pipeline.progress import progress
 from pipeline.safetensors_file import read_safetensors
 
 
-@pytest.fixture(scope="module")
-def encodings(tmp_path_factory: pytest.TempPathFactory, pictures_folder: Path, sd_folder: Path) -> Encodings:
-    out = tmp_path_factory.mktemp("encoded")
-    return encode_folder(pictures_folder, sd_folder, out / "store", out / "out", held_out_fraction=0.3)[0]
-
-
 @pytest.fixture
 def bench(encodings: Encodings, sd_folder: Path, tmp_path: Path) -> Bench:
-    for name in ("run", "other", "whole", "parts"):
-        (tmp_path / name).mkdir()
-    return Bench(encodings, sd_folder, tmp_path)
+    return bench_in(tmp_path, encodings, sd_folder)
 
 
 RECIPES: dict[str, dict[str, Any]] = {

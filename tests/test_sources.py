@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
@@ -21,7 +22,7 @@ import pytest
 from PIL import Image
 
 from pipeline.config import Dataset
-from pipeline.dataset.source import Scan
+from pipeline.dataset.source import Scan, visible_files
 from pipeline.dataset.sources import SOURCES, source_of
 from pipeline.errors import Interrupted, UserError
 
@@ -889,3 +890,19 @@ def test_mutated_metadata_is_accepted_or_rejected_with_a_reason(folder: Path, wr
         harmless += not result.rejects
         assert len(result.found) >= len(whole.found) or result.rejects, "something is left out in silence"
     assert harmless < 40
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a network drive that went away: half the pictures would be missing without a word."""
+    put(folder / "a.png", picture(1))
+    put(folder / "shut/b.png", picture(2))
+    listed = os.scandir
+
+    def scandir(path: str) -> object:
+        if Path(path).name == "shut":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=r"dataset\.path: .*shut cannot be listed: Input/output error"):
+        visible_files(folder)

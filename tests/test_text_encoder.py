@@ -13,7 +13,7 @@ from encoded import HOW, encode_folder
 from finished import export, finish
 from project import Project, make_project
 from safetensors.torch import load_file
-from test_train import SPEC, same
+from test_train import SPEC, same, stopping
 
 from pipeline import lora
 from pipeline.batches import Batches
@@ -43,15 +43,7 @@ def learn(encodings: Encodings, base: Path, work: Path, stop_at: int | None = No
     denoiser = kind.load_denoiser(model, torch.float32)
     lora.inject(denoiser, SPEC, settings.seed)
     live, _, _ = _live_text(kind, model, encodings, SPEC, CPU, settings.seed)
-    asked: list[None] = []
-
-    def stop() -> bool:
-        asked.append(None)
-        return stop_at is not None and len(asked) > stop_at
-
-    def check_stop(saved: str) -> None:
-        raise Interrupted(saved)
-
+    stop, check_stop = stopping(stop_at)
     work.mkdir(exist_ok=True)
     return train(
         denoiser,

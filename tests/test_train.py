@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from pipeline import lora
 from pipeline.batches import Batches
 from pipeline.checkpoint import latest_checkpoint
-from pipeline.config import Train
+from pipeline.config import Params, Train
 from pipeline.device import same_bytes_every_time
 from pipeline.encodings import Encodings
 from pipeline.errors import Interrupted, UserError
@@ -26,10 +27,39 @@ from pipeline.model_source import LocalModel
 from pipeline.progress import progress
 from pipeline.safetensors_file import write_safetensors
 from pipeline.train import Hardware, _loss_sum, read_curve, train
+from pipeline.train_job import perform
 
 CPU = torch.device("cpu")
 BASE_TYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SPEC = lora.LoraSpec(rank=2, alpha=4.0, dropout=0.0, targets=("to_q", "to_k", "to_v", "to_out.0"))
+
+
+def stopping(at: int | None) -> tuple[Callable[[], bool], Callable[[str], None]]:
+    """What a training asks whether to stop, which says so after `at` times, and what it calls then."""
+    asked: list[None] = []
+
+    def stop() -> bool:
+        asked.append(None)
+        return at is not None and len(asked) > at
+
+    def check_stop(saved: str) -> None:
+        raise Interrupted(saved)
+
+    return stop, check_stop
+
+
+def performed(params: Params, root: Path, work: Path, stop_at: int | None = None) -> dict[str, torch.Tensor]:
+    """What the stage calls, from settings and encodings to an adapter's weights."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    work.mkdir(exist_ok=True)
+    return perform(params, root, work, *stopping(stop_at), lambda rows: None).weights
+
+
+def bench_in(folder: Path, encodings: Encodings, base: Path, device: torch.device = CPU) -> Bench:
+    """One with some work folders."""
+    for name in ("run", "other", "whole", "parts"):
+        (folder / name).mkdir()
+    return Bench(encodings, base, folder, device=device)
 
 
 @dataclass
@@ -61,15 +91,7 @@ class Bench:
         denoiser = denoiser or kind.load_denoiser(model, BASE_TYPES[settings.mixed_precision])
         lora.inject(denoiser, spec, settings.seed)
         batches = Batches(self.encodings, settings.batch_size, settings.seed, settings.caption_dropout)
-        asked = []
-
-        def stop() -> bool:
-            asked.append(None)
-            return stop_at is not None and len(asked) > stop_at
-
-        def check_stop(saved: str) -> None:
-            raise Interrupted(saved)
-
+        stop, check_stop = stopping(stop_at)
         return train(
             denoiser,
             kind,
@@ -95,9 +117,7 @@ def encodings(tmp_path_factory: pytest.TempPathFactory, pictures_folder: Path, s
 
 @pytest.fixture
 def bench(encodings: Encodings, sd_folder: Path, tmp_path: Path) -> Bench:
-    for name in ("run", "other", "whole", "parts"):
-        (tmp_path / name).mkdir()
-    return Bench(encodings, sd_folder, tmp_path)
+    return bench_in(tmp_path, encodings, sd_folder)
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 from pipeline.config import Dataset
 from pipeline.dataset.rows import shown, sorted_scan, unfit
 from pipeline.dataset.sidecar import is_caption, pair, stem_of
-from pipeline.dataset.source import Found, Reject, Scan, foreign_pictures, is_image, visible_files
+from pipeline.dataset.source import Found, Reject, Scan, is_image, visible_files
 
 _FOLDER = re.compile(r"^([0-9]{1,4})_(.*)$", re.DOTALL)  # five digits and more are a date, or a slip
 
@@ -33,7 +33,7 @@ class Kohya:
         if not pictures:
             raise unfit(folder, self.name, "pictures are looked for in folders named like `10_token class`")
         captions = {name: stem_of(name) for name in files if name in within and is_caption(name, settings)}
-        paired = pair(folder, pictures, captions, foreign_pictures(files), settings)
+        paired = pair(folder, files, pictures, captions, settings)
         found: list[Found] = []
         rejects = list(paired.rejects)
         for item in paired.found:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from pipeline.config import Dataset
@@ -41,18 +41,18 @@ class Sidecar:
                 f"dataset.path: no picture in {folder}: looked for {', '.join(IMAGE_EXTENSIONS)} in it and its sub-folders"
             )
         captions = {name: stem_of(name) for name in files if is_caption(name, settings)}
-        return pair(folder, pictures, captions, foreign_pictures(files), settings)
+        return pair(folder, files, pictures, captions, settings)
 
 
 def pair(
-    folder: Path, pictures: Mapping[str, str], captions: Mapping[str, str], foreign: list[Reject], settings: Dataset
+    folder: Path, files: Collection[str], pictures: Mapping[str, str], captions: Mapping[str, str], settings: Dataset
 ) -> Scan:
     """Match pictures with caption files.
 
     Args:
         folder: the dataset's folder.
+        files: relative names of all its visible files.
         pictures, captions: relative name -> stem; a caption belongs to the picture of the same stem.
-        foreign: pictures in formats that are not read here.
         settings: for the extensions, the first of which wins, and for `caption_lines`.
     """
     named = {(stem, extension(name)): name for name, stem in captions.items()}
@@ -78,6 +78,7 @@ def pair(
                 rejects.append(Reject(name, f"{beside[0]}: {fault}"))
             else:
                 found.append(Found(name, variants, class_name=class_name))
+    foreign = foreign_pictures(files)
     rejects += foreign
     stems = {*pictures.values(), *(stem_of(reject.path) for reject in foreign)}
     lonely = [name for name, stem in captions.items() if stem not in stems]

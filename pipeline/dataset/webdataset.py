@@ -27,7 +27,7 @@ from pipeline.dataset.rows import (
     sorted_scan,
     unfit,
 )
-from pipeline.dataset.source import Found, Reject, Scan, is_image, is_inside
+from pipeline.dataset.source import Found, Reject, Scan, folder_name, is_image, is_inside
 from pipeline.dataset.unpack import LARGEST, unpack
 
 _SHARDS = ("*.tar", "*.tar.gz", "*.tgz")
@@ -100,7 +100,7 @@ def _found(sample: _Sample, settings: Dataset, unpacked: Path) -> tuple[Found | 
     if fault:
         return None, fault
     name, fault = unpack(sample.members[chosen[0]], unpacked)
-    class_name = sample.key.rpartition("/")[0].rpartition("/")[2]
+    class_name = folder_name(sample.key)
     return (None, fault) if fault else (Found(name, captions, class_name=class_name, unpacked=True), "")
 
 
