@@ -9,7 +9,7 @@ import json
 import os
 import signal
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -38,7 +38,7 @@ def write_job(path: Path, todo: Todo, manifest: Path, root: Path, store: Path, m
             "model": _written(model),
             "vae": _written(model.vae) if model.vae else None,
             "family": name,
-            "how": asdict(how),
+            "how": how,
         },
     )
 

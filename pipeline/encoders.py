@@ -124,16 +124,17 @@ def encode_cuts(
                 check_stop()
                 if isinstance(loaded, list):
                     raise UserError("\n".join(loaded))
-                posterior = vae.encode(loaded.float() / 127.5 - 1, [todo[k].sample.path for k in batch])
-                # a copy of each: what is kept must not hold its whole batch
+                posterior = vae.encode(loaded, [todo[k].sample.path for k in batch])
                 means, stds = (values.to(dtype).cpu() for values in (posterior.mean, posterior.std))
+                fine = (means.isfinite() & stds.isfinite()).flatten(1).all(1).tolist()
                 for i, key in enumerate(batch):
-                    mean, std = means[i].clone(), stds[i].clone()
-                    if not (mean.isfinite().all() and std.isfinite().all()):
+                    if not fine[i]:
                         raise UserError(
                             f"{todo[key].sample.path}: its latents are not finite in {dtype}: set encode.dtype to float32 or "
                             "bfloat16, or look at the picture"
                         )
+                    # a copy of each: what is kept must not hold its whole batch
+                    mean, std = means[i].clone(), stds[i].clone()
                     pending[key] = {"mean": mean, "std": std, "geometry": geometry_condition(todo[key])}
                 if len(pending) >= _KEEP_EVERY:
                     store.add(pending)
@@ -179,7 +180,7 @@ class _Vae:
         self.most = _PICTURES * 512 * 512  # pixels in a forward pass
 
     def encode(self, pixels: Tensor, names: Sequence[str]) -> Posterior:
-        """(B, 3, H, W) in [-1, 1] -> the normalised posterior in float32, on the device."""
+        """(B, 3, H, W) bytes -> the normalised posterior in float32, on the device."""
         area = pixels.shape[-1] * pixels.shape[-2]
         parts: list[Posterior] = []
         start = 0
@@ -187,8 +188,9 @@ class _Vae:
             size = max(1, min(_PICTURES, self.most // area))
             part = pixels[start : start + size]
             # always a full batch: the last bits of a value must not depend on what else is encoded with it
-            full = torch.cat([part, part[:1].expand(size - len(part), -1, -1, -1)]).to(self.device)
+            full = torch.cat([part, part[:1].expand(size - len(part), -1, -1, -1)])
             try:
+                full = full.to(self.device).float() / 127.5 - 1  # in [-1, 1]
                 posterior = self.family.encode_pixels(self.vae, full)
                 if self.how.compute_dtype != "float32":
                     posterior = self._mended(posterior, full, names[start : start + len(part)])
@@ -303,8 +305,9 @@ def _batches_of_one_size(keys: Sequence[str], todo: dict[str, Cut]) -> Iterator[
 
 
 def _batch_size(size: tuple[int, int]) -> int:
-    """Pictures per forward pass of the VAE, whose memory grows with their area."""
-    return max(1, min(_PICTURES, _PICTURES * 512 * 512 // (size[0] * size[1])))
+    """Pictures that a worker hands over at once: as many pixels as a forward pass takes of large ones. Handing over costs as much for
+    few small pictures as for many, and theirs are the short forward passes."""
+    return max(1, min(_KEEP_EVERY, _PICTURES * 512 * 512 // (size[0] * size[1])))
 
 
 def _indices(batches: Sequence[Sequence[str]]) -> list[list[int]]:

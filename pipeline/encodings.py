@@ -13,7 +13,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "U8": 1} 
 
 def latent_key(pixels: str, geometry: Geometry, flipped: bool, vae: str, dtype: str) -> str:
     """Identity of one encoded picture. `pixels`: hash of the decoded picture; `vae`: the encoder's fingerprint."""
-    return hash_json(["latents", SCHEMA, pixels, asdict(geometry), flipped, vae, dtype])[:32]
+    return hash_json(["latents", SCHEMA, pixels, geometry, flipped, vae, dtype])[:32]
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,12 @@ class Reading:
 
 def text_key(caption: str, reading: Reading) -> str:
     """Identity of one encoded caption."""
-    return hash_json(["text", SCHEMA, caption, asdict(reading)])[:32]
+    return hash_json(["text", SCHEMA, caption, reading])[:32]
 
 
 def mask_key(mask: str, geometry: Geometry, flipped: bool, cell: int) -> str:
     """Identity of one resized mask. `mask`: hash of the decoded mask; `cell`: pixels per latent cell."""
-    return hash_json(["mask", SCHEMA, mask, asdict(geometry), flipped, cell])[:32]
+    return hash_json(["mask", SCHEMA, mask, geometry, flipped, cell])[:32]
 
 
 class ContentStore:
@@ -171,7 +171,7 @@ def write_encoded(out: Path, index: Index, store: ContentStore) -> None:
             shards[int(key[:8], 16) % count].append(key)
         for number, members in shards.items():
             write_safetensors(out / f"{kind}-{number:03d}.safetensors", _flat(store.read(members)))
-    write_json(out / "index.json", asdict(index))
+    write_json(out / "index.json", index)
 
 
 class Encodings:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pipeline import lora
 from pipeline.config import Threshold
@@ -115,6 +115,27 @@ def test_the_same_content_gives_the_same_bytes_in_every_process(tmp_path: Path) 
     assert load_file(tmp_path / "0.safetensors")["a"].tolist() == [0, 1, 2]
     with safe_open(tmp_path / "0.safetensors", framework="pt") as file:
         assert file.metadata() == {k: k for k in "zyxwvutsrq"}
+
+
+@pytest.mark.parametrize("metadata", [None, {"k": "v"}])
+def test_the_bytes_are_those_of_the_librarys_own_writer(tmp_path: Path, metadata: dict[str, str] | None) -> None:
+    """Of every type, of none at all, of one number, of what is no rectangle in memory, and of what is trained."""
+    types = (
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.int32,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
+    )
+    tensors = {str(dtype): torch.tensor([[1, 0, 3], [0, 2, 1]]).to(dtype) for dtype in types}
+    tensors |= {"none": torch.zeros(0, 3), "one": torch.tensor(3.5), "turned": torch.arange(6.0).view(2, 3).T}
+    write_safetensors(tmp_path / "ours", tensors | {"trained": torch.ones(2, requires_grad=True)}, metadata)
+    save_file({name: t.contiguous() for name, t in tensors.items()} | {"trained": torch.ones(2)}, tmp_path / "theirs", metadata)
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
 @pytest.mark.parametrize("text", ["", "é✓", "x" * 5, "x" * 6, "x" * 7])

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.dataset.geometry import Geometry
 from pipeline.dataset.source import Reject
-from pipeline.files import atomic_file, hash_json, write_json
+from pipeline.files import atomic_file, hash_json, json_fields, write_json
 from pipeline.workspace import UNPACKED
 
 Split = Literal["train", "held-out"]
@@ -42,7 +42,7 @@ class Sample:
     def id(self) -> str:
         """Identity by content: the same after a rename."""
         mask = self.mask.pixels if self.mask else None
-        content = [self.pixels, asdict(self.geometry), self.captions, self.repeats, self.regularisation, mask]
+        content = [self.pixels, self.geometry, self.captions, self.repeats, self.regularisation, mask]
         return hash_json(content)[:16]
 
 
@@ -95,4 +95,4 @@ def _sample(fields: dict[str, Any]) -> Sample:
 def _write_lines(path: Path, rows: Iterable[Sample | Reject]) -> None:
     """One by one: the text of all of them would be as large as they are."""
     with atomic_file(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(json.dumps(asdict(row), ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
+        file.writelines(json.dumps(row, default=json_fields, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
