@@ -2,17 +2,23 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= passive
+# two at a time: the tests' processes have one thread each; a file's tests share what they build, so they stay together, and long
+# files are not left for the end
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all test-gpu test-extras defects lint bench bench-data clean setup
+.PHONY: demo test test-slow test-all test-gpu test-extras defects lint bench bench-data clean setup
 
 demo: .venv/ready
 	$(BIN)/python cli.py run
 
 test: .venv/ready
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
+
+test-slow: .venv/ready
+	$(PYTEST) -m slow
 
 test-all: .venv/ready
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # on a machine with a CUDA GPU; with bitsandbytes installed also bases and optimisers in 8 and 4 bits
 test-gpu: .venv/ready

@@ -217,7 +217,7 @@ def test_sigkill_of_the_encoding_keeps_what_is_done(project: Project, processes:
         project.path(f"data/more{i:03d}.txt").write_text("noise")
     project.set("runtime", processes=processes)
     path = project.path("pipeline/encoders.py")
-    pattern = r"^( +)(posterior = vae.encode\(.*\n)"
+    pattern = r"^( +)(posterior = self.family.encode_pixels\(self.vae.*\n)"
     marked = re.sub(pattern, r"\1__import__('time').sleep(0.4)\n\1\2", path.read_text(), flags=re.M)
     assert marked != path.read_text()
     path.write_text(marked)
@@ -243,4 +243,12 @@ def test_sigkill_of_the_encoding_keeps_what_is_done(project: Project, processes:
 
 
 def processes_left(project: Project) -> list[psutil.Process]:
-    return [p for p in processes(project) if p.status() != psutil.STATUS_ZOMBIE]
+    return [p for p in processes(project) if not ended(p)]
+
+
+def ended(process: psutil.Process) -> bool:
+    """Nobody has waited for it yet, or it is gone meanwhile."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
