@@ -25,7 +25,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -167,7 +166,7 @@ def write_encodings(folder: Path, count: int, latent: tuple[int, ...], text: dic
     keys = [f"{i + 2**100:032x}" for i in range(101)]
     write_safetensors(folder / "text-000.safetensors", {f"{k}.{p}": torch.rand(s) for k in keys for p, s in text.items()})
     index = Index("sd", "float32", 0, 1, keys[100], tuple(samples))
-    write_json(folder / "index.json", {**vars(index), "samples": [asdict(s) for s in samples]})
+    write_json(folder / "index.json", index)
 
 
 def ours(

@@ -22,7 +22,7 @@ from pipeline.model_source import LocalModel
 from pipeline.progress import progress, say
 
 _PICTURES, _CAPTIONS = 8, 16  # per forward pass, at 512×512 pixels; larger pictures go in smaller batches
-_KEEP_EVERY = 64  # pictures per segment: what a kill can cost
+_KEEP_EVERY = 64  # pictures in a segment at least, and less than twice as many: what a kill can cost
 _LET_IN = 2**62  # the manifest holds only pictures that were let in
 
 

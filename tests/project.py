@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 from ruamel.yaml import YAML
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -107,6 +108,14 @@ class Project:
         return subprocess.run(
             command, cwd=self.root, env=self.environment(extra), capture_output=True, text=True, check=False, timeout=300
         )
+
+
+def ended(process: psutil.Process) -> bool:
+    """It is gone, or nobody has waited for it yet."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def git(root: Path, *arguments: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from project import Project
+from project import Project, ended
 
 from pipeline.dvc_process import Waiting
 
@@ -62,4 +62,4 @@ def test_it_ends_with_whoever_started_it(project: Project, number: signal.Signal
     os.kill(starter.pid, number)
     starter.wait(10)
     psutil.wait_procs([waiting], timeout=10)
-    assert not waiting.is_running() or waiting.status() == psutil.STATUS_ZOMBIE
+    assert ended(waiting)

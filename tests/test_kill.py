@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 from PIL import Image
-from project import Project
+from project import Project, ended
 from safetensors import safe_open
 
 STEPS = 40
@@ -244,11 +244,3 @@ def test_sigkill_of_the_encoding_keeps_what_is_done(project: Project, processes:
 
 def processes_left(project: Project) -> list[psutil.Process]:
     return [p for p in processes(project) if not ended(p)]
-
-
-def ended(process: psutil.Process) -> bool:
-    """Nobody has waited for it yet, or it is gone meanwhile."""
-    try:
-        return process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True

@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from safetensors.torch import save
 from torch import Tensor
 
 from pipeline.export.adapter import Adapter
 from pipeline.families.base import BaseVersion
+from pipeline.safetensors_file import safetensors_bytes
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def header(facts: Facts, adapter: Adapter, tensors: Mapping[str, Tensor]) -> dic
 
 def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
     """sha256 of a safetensors file's bytes after its header, in hex: the same whatever the metadata."""
-    plain = save({name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)})
+    plain = safetensors_bytes(tensors)
     return hashlib.sha256(plain[8 + int.from_bytes(plain[:8], "little") :]).hexdigest()
 
 
@@ -145,7 +145,7 @@ def _modelspec(facts: Facts, tensors: Mapping[str, Tensor]) -> dict[str, str]:
 def _legacy_hash(tensors: Mapping[str, Tensor], training: Mapping[str, str]) -> str:
     """The first 8 digits of sha256 over 64 KiB from the first MiB on: how sd-webui-additional-networks knows old files. Like
     sd-scripts, of the file as it would be with the `ss_` entries alone."""
-    plain = save({name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)})
+    plain = safetensors_bytes(tensors)
     length = int.from_bytes(plain[:8], "little")
     text = json.dumps(
         {"__metadata__": dict(sorted(training.items())), **json.loads(plain[8 : 8 + length])}, separators=(",", ":")
