@@ -246,5 +246,6 @@ def _read_entries(path: Path, keys: Sequence[str], only: str | None) -> dict[str
         for name in file.keys():
             key, _, part = name.partition(".")
             if key in wanted and only in (None, part):
-                entries[key][part] = file.get_tensor(name)
+                # a copy: the tensor is a part of the mapped file, which would stay mapped as long as one of them is kept
+                entries[key][part] = file.get_tensor(name).clone()
     return entries

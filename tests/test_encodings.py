@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import sys
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from PIL import Image
 
 from pipeline.batches import Batches
 from pipeline.dataset.geometry import Geometry, cut
+from pipeline.dataset.manifest import Manifest, Sample, read_manifest, write_manifest
 from pipeline.encode import token_report
 from pipeline.encodings import ContentStore, EncodedSample, Index, Reading, latent_key, mask_key, text_key, write_encoded
 from pipeline.encodings import Encodings as Reader
@@ -233,6 +236,36 @@ def test_shards_are_settled_by_key_and_one_new_sample_rewrites_one(tmp_path: Pat
     reader = Reader(tmp_path / "b")
     for i, s in enumerate(samples):
         assert reader.read(s.latents[0])["mean"].unique().tolist() == [float(i)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_is_read_of_the_store_keeps_none_of_its_files_mapped(tmp_path: Path) -> None:
+    """A shard has entries from all of the store: mapped, that is all of it in memory."""
+    store = ContentStore(tmp_path / "store")
+    store.add({f"{i:032x}": {"mean": torch.full((4, 8, 8), float(i))} for i in range(8)})
+    entries = store.read(store.keys())
+    assert entries[f"{3:032x}"]["mean"].unique().tolist() == [3.0]
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
+def test_a_picture_more_in_the_manifest_takes_half_a_kilobyte_to_read(tmp_path: Path) -> None:
+    """Lines come one by one, and equal geometries are one object: it was two and a half."""
+
+    def peak(count: int) -> int:
+        geometry = Geometry((640, 480), (85, 64), (10, 0, 74, 64))
+        samples = tuple(
+            Sample(f"{i:06d}.jpg", f"{i:064x}", geometry, (f"noise number {i % 50}",), "train") for i in range(count)
+        )
+        write_manifest(tmp_path / str(count), Manifest("data", "", "#ffffff", samples), ())
+        tracemalloc.start()
+        manifest = read_manifest(tmp_path / str(count))
+        taken = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert manifest.samples == samples
+        return taken
+
+    peak(10)  # whatever is loaded on first use
+    assert (peak(1100) - peak(100)) / 1000 < 1000
 
 
 # --- fall-backs, long captions, masks, several processes, the store's upkeep

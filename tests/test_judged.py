@@ -88,6 +88,11 @@ def test_the_page_holds_everything_and_nothing_from_elsewhere(judged: Project) -
     assert all(value in page for value in lineage.values())
     assert "train.learning_rate" in page and "On the way" in page
     assert page.count("(seed 0)") == page.count("(seed 1)") == 2
+    tokens = json.loads(judged.path("build/encoded/tokens.json").read_text())
+    _, _, table = page.partition(f"<h3>Tokens a caption ({tokens['limit']} are read)</h3>")
+    shown = re.findall(r'<tr><td>(.+?)</td><td class="number">(\d+)</td>', table.partition("</table>")[0])
+    assert {name: int(count) for name, count in shown} == tokens["lengths"]
+    assert sum(tokens["lengths"].values()) == tokens["captions"]
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium: apt-get install chromium")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 from PIL import Image
 
@@ -29,6 +29,12 @@ class Geometry:
         """Width and height of the training picture."""
         left, top, right, bottom = self.crop
         return right - left, bottom - top
+
+
+@lru_cache(maxsize=4096)
+def shared(geometry: Geometry) -> Geometry:
+    """The first that is equal: of very many pictures most have one of a few geometries, and half a kilobyte goes into each."""
+    return geometry
 
 
 Place = Callable[[int, int], tuple[int, int]]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.dataset.geometry import Geometry
+from pipeline.dataset.geometry import Geometry, shared
 from pipeline.dataset.source import Reject
 from pipeline.files import atomic_file, hash_json, json_fields, write_json
 from pipeline.workspace import UNPACKED
@@ -80,14 +80,14 @@ def read_manifest(folder: Path) -> Manifest:
     return Manifest(**head, samples=tuple(_sample(fields) for fields in read_lines(folder / "manifest.jsonl")))
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file. JSON lets U+2028 through, so lines end at `\\n` alone."""
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON-lines file, one by one. JSON lets U+2028 through, so lines end at `\\n` alone."""
     with path.open(encoding="utf-8", newline="\n") as file:
-        return [json.loads(line) for line in file]
+        yield from map(json.loads, file)
 
 
 def _sample(fields: dict[str, Any]) -> Sample:
-    geometry = Geometry(*(tuple(fields["geometry"][key]) for key in ("original", "resized", "crop")))
+    geometry = shared(Geometry(*(tuple(fields["geometry"][key]) for key in ("original", "resized", "crop"))))
     mask = Mask(**fields["mask"]) if fields["mask"] else None
     return Sample(**{**fields, "geometry": geometry, "mask": mask, "captions": tuple(fields["captions"])})
 

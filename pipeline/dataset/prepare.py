@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,7 +16,7 @@ from PIL import Image
 from pipeline.config import Concept, Dataset
 from pipeline.dataset.captions import dress, variants, with_trigger
 from pipeline.dataset.duplicates import Alike, Likeness, likeness
-from pipeline.dataset.geometry import Geometry, bucket, fit, square
+from pipeline.dataset.geometry import Geometry, bucket, fit, shared, square
 from pipeline.dataset.images import BadImage, Picture, decode, hash_pixels, read_mask
 from pipeline.dataset.manifest import Manifest, Mask, Sample, split_of
 from pipeline.dataset.masks import masks_of
@@ -239,7 +238,7 @@ def _look(item: Item, folder: Path, settings: Dataset) -> _Seen | str:
         picture = decode(item.file, settings.max_pixels, settings.background)
         mask_image = _mask(item, picture, settings)
         pixels = hash_pixels(picture.image)
-        geometry = _shared(_geometry(picture, mask_image, pixels, settings))
+        geometry = shared(_geometry(picture, mask_image, pixels, settings))
     except BadImage as bad:
         return str(bad)
     mask = None
@@ -260,12 +259,6 @@ def _mask(item: Item, picture: Picture, settings: Dataset) -> Image.Image | None
     if not item.mask:
         return None
     return read_mask(item.mask, picture.image.size, settings.max_pixels)
-
-
-@lru_cache(maxsize=4096)
-def _shared(geometry: Geometry) -> Geometry:
-    """The first that is equal: of very many pictures most have one of a few geometries, and half a kilobyte goes into each."""
-    return geometry
 
 
 def _geometry(picture: Picture, mask: Image.Image | None, pixels: str, settings: Dataset) -> Geometry:

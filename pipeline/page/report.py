@@ -22,7 +22,7 @@ from pipeline.metrics import DEFINITIONS
 from pipeline.page.html import line_chart, number, picture, render, smoothed
 from pipeline.page.stamp import PAGE, stamped
 from pipeline.stage import value_changes
-from pipeline.workspace import ADAPTER, DATASET, DATASET_REPORT, DIST, TRAIN_REPORT, VALIDATE_REPORT, Workspace
+from pipeline.workspace import ADAPTER, DATASET, DATASET_REPORT, DIST, ENCODED, TRAIN_REPORT, VALIDATE_REPORT, Workspace
 
 _SHOTS = 12
 _SMALL = 256  # pixels: smaller samples are enlarged without smoothing
@@ -89,10 +89,20 @@ def _facts(workspace: Workspace, params: Params) -> dict[str, Any]:
         "nearest": _optional(root / VALIDATE_REPORT / "nearest.png"),
         "data": summary,
         "contact_sheet": picture(root / DATASET_REPORT / "contact-sheet.png", 1600),
-        "histograms": {title: dict(list(summary[key].items())[:20]) for key, title in _HISTOGRAMS.items() if summary.get(key)},
+        "histograms": _histograms(summary, root / ENCODED / "tokens.json"),
         "params": _flat({**params.model_dump(mode="json", by_alias=True), **training["params"], "validate": asked}),
         "lineage": _json(root / DIST / "lineage.json"),
     }
+
+
+def _histograms(summary: dict[str, Any], tokens: Path) -> dict[str, dict[str, int]]:
+    """Title -> name -> count, in the order of the page. Tokens are counted where the tokenizer is: `tokens` is the encoders' file,
+    which a clone that pulled the reports alone does not have."""
+    shown = {title: dict(list(summary[key].items())[:20]) for key, title in _HISTOGRAMS.items() if summary.get(key)}
+    if tokens.is_file():
+        told = _json(tokens)
+        shown[f"Tokens a caption ({told['limit']} are read)"] = told["lengths"]
+    return shown
 
 
 def _rows(metrics: dict[str, float | None], params: Params) -> list[dict[str, Any]]:
