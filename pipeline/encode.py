@@ -81,6 +81,7 @@ def encode(
     reading = Reading(model.fingerprint(*family.text_folders), how.caption_chunks, how.clip_skip, how.dtype)
     vae = "/".join([model.fingerprint(*family.vae_folders), how.compute_dtype, *(["tiled"] if how.tiling else [])])
     wanted = Todo({}, {text_key("", reading): ""}, {})
+    cell = model.pixels_per_cell() if any(sample.mask for sample in manifest.samples) else 0
     samples = []
     for sample in manifest.samples:
         if any(side % family.stride for side in sample.geometry.size):
@@ -93,7 +94,7 @@ def encode(
         texts = [text_key(caption, reading) for caption in sample.captions]
         masks = []
         if sample.mask:
-            masks = [mask_key(sample.mask.pixels, sample.geometry, cut.flipped, family.stride) for cut in cuts]
+            masks = [mask_key(sample.mask.pixels, sample.geometry, cut.flipped, cell) for cut in cuts]
         wanted.cuts.update(zip(latents, cuts, strict=True))
         wanted.captions.update(zip(texts, sample.captions, strict=True))
         wanted.masks.update(zip(masks, cuts, strict=False))

@@ -44,7 +44,7 @@ def encode_todo(
         UserError: as the three functions below.
     """
     if todo.masks:
-        encode_masks(todo.masks, manifest, root, store, family.stride, check_stop)
+        encode_masks(todo.masks, manifest, root, store, model.pixels_per_cell(), check_stop)
     if todo.captions:
         encode_captions(todo.captions, family, model, store, how, device, check_stop)
     if todo.cuts:

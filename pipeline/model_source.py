@@ -5,6 +5,7 @@ Only `safetensors` weights are taken; a folder or repository that offers pickles
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from dataclasses import dataclass, replace
@@ -56,6 +57,12 @@ class LocalModel:
         roots = [self.path / c for c in components] if components else [self.path]
         files = {p.relative_to(self.path).as_posix(): hash_weights(p) for root in roots for p in _content_files(root)}
         return hash_json([self.variant, files])
+
+    def pixels_per_cell(self) -> int:
+        """A latent cell's side in pixels: every level of an `AutoencoderKL` but the last halves the picture."""
+        folder = self.path / "vae" if self.vae is None else self.vae.path
+        levels: list[int] = json.loads((folder / "config.json").read_text(encoding="utf-8"))["block_out_channels"]
+        return 2 ** (len(levels) - 1)
 
 
 def pin_of(folder: Path) -> str:

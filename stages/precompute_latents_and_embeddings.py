@@ -31,7 +31,8 @@ def main(stage: Stage) -> None:
         if runtime.processes == 1:
             encode_todo(todo, manifest, root, kind, model, store, how, device, runtime.workers, check_stop)
             return
-        encode_masks(todo.masks, manifest, root, store, kind.stride, check_stop)  # light work: no model has a part in it
+        if todo.masks:  # light work: no model has a part in it
+            encode_masks(todo.masks, manifest, root, store, model.pixels_per_cell(), check_stop)
         job = stage.work / "job.json"
         write_job(job, todo, root / DATASET, root, store.folder, model, kind.name, how)
         launch("pipeline.encode_worker", [str(job)], Processes(runtime.processes), check_stop)

@@ -383,20 +383,25 @@ def test_captions_that_are_cut_off_are_listed_by_sample(pictures: Path, sd_folde
         assert "1 captions are longer than" in capsys.readouterr().out
 
 
-def test_masks_come_resized_and_mirrored_with_their_latents(pictures: Path, sd_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3"])
+def test_masks_come_resized_and_mirrored_with_their_latents(
+    name: str, pictures: Path, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Of their latents' own size, whatever the VAE's factor: the tiny one's is 4, real ones' are 8."""
     (pictures / "masks").mkdir()
     for path in sorted(pictures.glob("*.png")):
         mask = Image.new("L", Image.open(path).size)
         mask.paste(255, (0, 0, mask.width // 4, mask.height))
         mask.save(pictures / "masks" / path.name)
+    base = request.getfixturevalue(f"{name}_folder")
     encodings, counts = encode_folder(
-        pictures, sd_folder, tmp_path / "s", tmp_path / "out", how=FLIPPED, masks="masks", held_out_fraction=0.0
+        pictures, base, tmp_path / "s", tmp_path / "out", name, how=FLIPPED, masks="masks", held_out_fraction=0.0
     )
     assert counts.pictures == 20
     for sample in encodings.index.samples:
         plain, mirrored = (encodings.read(key)["mask"] for key in sample.masks)
-        assert plain.shape == (1, 4, 4) and torch.equal(mirrored, plain.flip(-1))
-        assert plain[0, :, 0].min() == 1 and plain[0, :, 1:].max() == 0
+        assert plain.shape == (1, *encodings.read(sample.latents[0])["mean"].shape[1:]) and torch.equal(mirrored, plain.flip(-1))
+        assert plain[0, :, :2].min() == 1 and plain[0, :, 2:].max() == 0
     batches = Batches(encodings, 5, seed=0)
     for step in range(4):
         batch = batches.batch(step, 0, 5)

@@ -48,7 +48,7 @@ class Family(Protocol):
     """One family of base models."""
 
     name: str
-    stride: int  # pixels per latent cell that the denoiser can take, as a divisor of every side
+    stride: int  # pixels: the denoiser takes sides that are multiples of it
     vae_folders: tuple[str, ...]  # the sub-folders whose files settle the latents
     text_folders: tuple[str, ...]  # ... and the text embeddings
     denoiser_key: str  # the denoiser's name in diffusers' pipelines and adapter files
