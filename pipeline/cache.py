@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from pipeline.encodings import ContentStore, Encodings, hash_tensors
 from pipeline.errors import UserError
+from pipeline.lock import held
 from pipeline.workspace import ENCODED, Workspace
+
+_STAGE = "precompute-latents-and-embeddings"
 
 
 def stats(workspace: Workspace) -> str:
@@ -29,7 +33,15 @@ def collect(workspace: Workspace, older_than: float, dry_run: bool) -> str:
 
     Raises:
         UserError: there are no present encodings, as after an encoding that was cut off: all would go that it has done.
+        AlreadyRunning: encodings are being made, here or by an experiment in a copy of the project.
     """
+    with ExitStack() as locks:
+        for lock in sorted((workspace.work / _STAGE).glob("*/lock")):
+            locks.enter_context(held(lock, f"{_STAGE} is running, and the store is its own"))
+        return _collect(workspace, older_than, dry_run)
+
+
+def _collect(workspace: Workspace, older_than: float, dry_run: bool) -> str:
     used = _used(workspace)
     if used is None:
         raise UserError(f"{ENCODED} is missing, so nothing is in use and all would be deleted: run the pipeline first")

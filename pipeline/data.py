@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline.config import load_params
-from pipeline.dataset.manifest import read_lines
+from pipeline.dataset.manifest import read_lines, read_manifest
 from pipeline.dataset.prepare import prepare
 from pipeline.dataset.report import summarise, write_report
 from pipeline.dataset.source import Reject
@@ -36,6 +36,10 @@ def inspect(workspace: Workspace) -> None:
     )
     summary = json.loads((report / "summary.json").read_text(encoding="utf-8"))
     lengths = json.loads(tokens.read_text(encoding="utf-8")) if tokens.is_file() else None
+    if lengths and lengths["cut_off"]:  # told by content, so that a rename changes no encoding
+        paths = {sample.id: sample.path for sample in read_manifest(workspace.root / DATASET).samples}
+        for row in lengths["cut_off"]:
+            row["sample"] = paths.get(row["sample"], row["sample"])
     _print(summary, rejects, left_out, lengths, report)
 
 
@@ -77,6 +81,7 @@ def _print(
         counts.add_row(key.replace("_", " "), str(summary[key]))
     console.print(counts)
     _histogram(console, "training size, pixels", summary["sizes"])
+    _histogram(console, "original, megapixels", summary["original_megapixels"])
     _histogram(console, "caption, words", summary["caption_words"])
     if tokens:
         _histogram(console, f"caption, tokens (the encoder reads {tokens['limit']})", tokens["lengths"])
@@ -87,6 +92,17 @@ def _print(
         )
     words = ", ".join(f"{word} {count}" for word, count in list(summary["frequent_words"].items())[:15])
     console.print(f"\nfrequent words: {escape(words)}")
+    if summary["tags"]:
+        console.print(f"tags: {escape(', '.join(f'{tag} {count}' for tag, count in list(summary['tags'].items())[:15]))}")
+    if summary["near_duplicates"]:
+        console.print(f"near-duplicates: {summary['near_duplicates']}, listed on the page")
+    for title, key in (
+        ("used, with something to know", "notes_by_reason"),
+        ("rejected, by reason", "rejected_by_reason"),
+        ("left out, by reason", "left_out_by_reason"),
+    ):
+        if summary.get(key):
+            _histogram(console, title, summary[key])
     _listing(console, "rejected", [(r.path, r.reason) for r in rejects])
     _listing(console, "left out", [(r.path, r.reason) for r in left_out])
     if report:

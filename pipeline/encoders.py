@@ -71,12 +71,28 @@ def encode_captions(
     counts, most = family.token_counts(encoders, [todo[k] for k in keys], how.caption_chunks)
     tokens = dict(zip(keys, counts, strict=True))
     with progress("encoding captions", len(keys), "captions") as bar:
-        for chunk in _chunks(keys, _CAPTIONS):
+        size, start = _CAPTIONS, 0
+        while start < len(keys):
             check_stop()
+            chunk = keys[start : start + size]
             # always a full batch: the last bits of a value must not depend on what else is encoded with it
-            padded = [todo[k] for k in chunk] + [""] * (_CAPTIONS - len(chunk))
-            named = family.encode_captions(encoders, padded, how.caption_chunks, how.clip_skip)
-            stored = {part: values.to(dtype).cpu() for part, values in named.items()}
+            padded = [todo[k] for k in chunk] + [""] * (size - len(chunk))
+            try:
+                named = family.encode_captions(encoders, padded, how.caption_chunks, how.clip_skip)
+                stored = {part: values.to(dtype).cpu() for part, values in named.items()}
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
+                if size == 1:
+                    raise UserError(
+                        f"encoding one caption takes more memory than {device} has: lower encode.caption_chunks, or set "
+                        "runtime.device to cpu"
+                    ) from None
+                _free(device)
+                size //= 2
+                say(f"  out of memory with {size * 2} captions at once: going on with {size}")
+                continue
+            start += len(chunk)
             entries = {key: {part: values[i] for part, values in stored.items()} for i, key in enumerate(chunk)}
             for key, entry in entries.items():
                 if not all(values.isfinite().all() for values in entry.values()):
@@ -194,8 +210,8 @@ class _Vae:
                 posterior = self.family.encode_pixels(self.vae, full)
                 if self.how.compute_dtype != "float32":
                     posterior = self._mended(posterior, full, names[start : start + len(part)])
-            except RuntimeError as error:  # torch.OutOfMemoryError is one; CPUs and MPS raise the plain kind
-                if not isinstance(error, torch.OutOfMemoryError) and "memory" not in str(error).lower():
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
                     raise
                 self._shrink(size, area, names[start])
                 continue
@@ -226,10 +242,19 @@ class _Vae:
                 f"{name}: encoding it alone takes more memory than {self.device} has: set encode.tiling, lower "
                 "dataset.resolution, or set runtime.device to cpu"
             )
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        _free(self.device)
         self.most = size // 2 * area
         say(f"  out of memory with {size} pictures at once: going on with {size // 2}")
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """CPUs and MPS raise the plain kind."""
+    return isinstance(error, torch.OutOfMemoryError) or "memory" in str(error).lower()
+
+
+def _free(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 class _Pixels(Dataset[Tensor | str]):

@@ -27,7 +27,7 @@ from pipeline.progress import say
 from pipeline.safetensors_file import write_safetensors
 
 SCHEMA = 1  # raise it when the meaning of stored values changes
-SHARD_BYTES = 64 * 2**20  # a shard's size aimed at where there is much; fewer, larger files cost DVC less
+SHARD_BYTES = 128 * 2**20  # a shard's size at most, half of it at least, where there is much; fewer, larger files cost DVC less
 
 LEAST_SHARD_BYTES = 8 * 2**20  # ... and where there is little
 

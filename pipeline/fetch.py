@@ -20,6 +20,7 @@ from pipeline.errors import UserError
 from pipeline.files import hash_file, hash_json, hash_tree, write_json
 
 DATA = Path("data")
+_LEFT_BEHIND = (".DS_Store", "Thumbs.db", "desktop.ini")  # by file managers, in every folder that somebody looked into
 _SUFFIX = ".source.json"
 _SOURCE = re.compile(r"hf://(?:datasets/)?([A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w.-]*?)(?:@([\w][\w./-]*))?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -164,7 +165,9 @@ def _edited(folder: Path, pin: Pin) -> str:
 
 
 def _content(folder: Path) -> str:
-    return hash_json(hash_tree(folder))
+    return hash_json(
+        {name: digest for name, digest in hash_tree(folder).items() if name.rpartition("/")[2] not in _LEFT_BEHIND}
+    )
 
 
 def _read(path: Path) -> Pin:

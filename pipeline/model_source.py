@@ -61,8 +61,8 @@ class LocalModel:
     def pixels_per_cell(self) -> int:
         """A latent cell's side in pixels: every level of an `AutoencoderKL` but the last halves the picture."""
         folder = self.path / "vae" if self.vae is None else self.vae.path
-        levels: list[int] = json.loads((folder / "config.json").read_text(encoding="utf-8"))["block_out_channels"]
-        return 2 ** (len(levels) - 1)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return 1 << len(config["block_out_channels"]) - 1
 
 
 def pin_of(folder: Path) -> str:

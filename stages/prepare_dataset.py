@@ -38,6 +38,8 @@ def main(stage: Stage) -> None:
     report = stage.out(DATASET_REPORT)
     if prepared.manifest.samples:
         write_report(report, root, prepared, settings, unpacked)  # first: it shows what the two below complain of
-    refuse_too_many_rejects(prepared.rejects, settings, (out / "rejects.jsonl").relative_to(stage.workspace.home))
-    refuse_nothing_to_train_on(prepared.manifest, settings)
+    home = stage.workspace.home
+    page = (report / "index.html").relative_to(home) if prepared.manifest.samples else None
+    refuse_too_many_rejects(prepared.rejects, settings, (out / "rejects.jsonl").relative_to(home), page)
+    refuse_nothing_to_train_on(prepared.manifest, len(prepared.left_out), settings)
     say(f"  {in_words(prepared)}")

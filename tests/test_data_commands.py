@@ -38,6 +38,7 @@ def test_inspect_prints_what_the_stages_found_and_cache_counts_what_they_keep(pr
     summary = json.loads(project.path("reports/dataset/summary.json").read_text())
     tokens = json.loads(project.path("build/encoded/tokens.json").read_text())
     assert f"train               {summary['train']}" in told and "captions cut off (1)" in told
+    assert f"{first.with_suffix('.png').name}: " in told.partition("captions cut off")[2]  # not by what its file holds
     assert f"the encoder reads {tokens['limit']}" in told and "contact-sheet.png" in told
     stats = project.cli("cache", "stats").stdout
     held, _, rest = stats.partition(" encodings in ")

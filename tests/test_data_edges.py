@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,9 @@ from pipeline.cache import collect
 from pipeline.config import load_params
 from pipeline.dataset.captions import with_trigger
 from pipeline.dataset.geometry import Geometry, cut
+from pipeline.dataset.images import read_mask
 from pipeline.dataset.manifest import write_manifest
+from pipeline.dataset.report import summarise
 from pipeline.encode import How, Todo, encode
 from pipeline.encoders import encode_todo
 from pipeline.encodings import ContentStore, Encodings, Reading, latent_key, text_key, write_encoded
@@ -280,3 +283,98 @@ def test_the_settings_of_the_worker_are_the_stages_own() -> None:
     """`How` travels whole: a field that is added must be in the settings too."""
     assert set(How.__dataclass_fields__) == set(load_params(Path(__file__).parent.parent / "params.yaml").encode.model_dump())
     assert json.loads(json.dumps(HOW.__dict__)) == HOW.__dict__
+
+
+def test_what_is_missing_behind_a_link_is_told(folder: Path, tmp_path: Path) -> None:
+    """As of git-annex, before its files are fetched."""
+    put(folder, "a.png", noise(40, 40, 1))
+    (folder / "b.png").symlink_to(folder / "not-fetched")
+    (folder / "b.txt").write_text("a thing")
+    put(tmp_path / "elsewhere", "c.png", noise(40, 40, 2))
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    said = {r.path: r.reason for r in run(folder).rejects}
+    assert said.keys() == {"b.png", "linked"}
+    assert "No such file" in said["b.png"] and said["linked"].startswith("is a link to a folder")
+
+
+@pytest.mark.parametrize("layout", ["imagefolder", "kohya-json", "two-folders", "webdataset"])
+def test_pictures_in_a_format_that_is_not_read_are_told_once(folder: Path, layout: str) -> None:
+    images = folder / "images" if layout == "two-folders" else folder
+    put(images, "cat/a.png", noise(40, 40, 1), None)
+    put(images, "dog/b.png", noise(40, 40, 2), None)
+    (images / "dog/c.heic").write_bytes(b"x")
+    if layout == "kohya-json":
+        (folder / "meta_cap.json").write_text('{"cat/a": {"caption": "x"}, "dog/c": {"caption": "y"}}')
+    if layout == "two-folders":
+        (folder / "texts/dog").mkdir(parents=True)
+        (folder / "texts/dog/c.txt").write_text("a dog")
+    if layout == "webdataset":
+        with tarfile.open(folder / "0.tar", "w") as tar:
+            for name in ("cat/a.png", "dog/c.heic"):
+                tar.add(folder / name, name)
+        shutil.rmtree(folder / "cat")
+        shutil.rmtree(folder / "dog")
+    said = run(folder, missing_caption="folder-name").rejects
+    assert len(said) == 1 and ("format" in said[0].reason or layout == "kohya-json"), said
+
+
+def test_folders_of_a_layout_name_no_class(folder: Path) -> None:
+    put(folder, "images/a.png", noise(40, 40, 1), None)
+    put(folder, "images/cat/b.png", noise(40, 40, 2), None)
+    (folder / "texts").mkdir()
+    told = {path: s.captions for path, s in samples(folder, format="two-folders", missing_caption="folder-name").items()}
+    assert told == {"images/a.png": ("data",), "images/cat/b.png": ("cat",)}
+    shutil.rmtree(folder)
+    put(folder, "train/a.png", noise(40, 40, 1), None)
+    put(folder, "train/b.png", noise(40, 40, 2), None)
+    (folder / "train/metadata.csv").write_text("file_name,text\na.png,a cat\n")
+    told = {path: s.captions for path, s in samples(folder, missing_caption="folder-name").items()}
+    assert told == {"train/a.png": ("a cat",), "train/b.png": ("data",)}
+
+
+def test_a_year_is_no_number_of_repeats_unless_the_format_says_so(folder: Path) -> None:
+    put(folder, "2023_summer/a.png", noise(40, 40, 1))
+    put(folder, "b.png", noise(40, 40, 2))
+    assert {s.repeats for s in samples(folder).values()} == {1}
+    assert [s.repeats for s in run(folder, format="kohya").manifest.samples] == [2023]
+
+
+def test_two_captions_of_one_name_are_not_settled_in_silence(folder: Path) -> None:
+    put(folder, "images/a.png", noise(40, 40, 1), None)
+    for name in ("texts", "captions"):
+        (folder / name).mkdir()
+        (folder / name / "a.txt").write_text(f"from {name}")
+    prepared = run(folder)
+    assert [(r.path, r.reason) for r in prepared.rejects] == [
+        ("captions/a.txt", "is a second caption beside texts/a.txt: leave one")
+    ]
+    assert prepared.manifest.samples[0].captions == ("from texts",)
+
+
+@pytest.mark.parametrize("text", [",", ", ,", " ,, "])
+def test_commas_alone_are_no_caption(folder: Path, text: str) -> None:
+    put(folder, "a.png", noise(40, 40, 1), text)
+    assert [r.reason for r in run(folder, shuffle_tags=True).rejects] == ["the caption is empty (a.txt)"]
+
+
+def test_masks_are_found_in_capitals_and_their_transparency_is_left_out(folder: Path) -> None:
+    put(folder, "a.png", noise(40, 40, 1))
+    mask = Image.new("RGBA", (40, 40), (255, 255, 255, 0))
+    mask.paste((255, 255, 255, 255), (0, 0, 20, 40))
+    put(folder, "masks/a.PNG", mask, None)
+    assert samples(folder, masks="masks")["a.png"].mask.path == "masks/a.PNG"
+    read = read_mask(folder / "masks/a.PNG", (40, 40), 10**6)
+    assert read.getpixel((5, 5)) == 255 and read.getpixel((30, 5)) == 0
+
+
+def test_reasons_are_counted_without_the_names_in_them(folder: Path) -> None:
+    put(folder, "good.png", noise(40, 40, 1))
+    for name in ("cat", "dog", "img_001"):
+        put(folder, f"{name}.png", noise(40, 40, len(name)), " ")
+    counted = summarise(run(folder))
+    assert counted["rejected_by_reason"] == {"the caption is empty": 3} and counted["left_out_by_reason"] == {}
+    rows = "file_name,text\ngood.png,a cat\nmissing.png,x\nother one.png,y\n"
+    shutil.rmtree(folder)
+    put(folder, "good.png", noise(40, 40, 1), None)
+    (folder / "metadata.csv").write_text(rows)
+    assert summarise(run(folder))["rejected_by_reason"] == {"names …, which is not there": 2}

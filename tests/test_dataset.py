@@ -125,8 +125,8 @@ def test_too_many_rejects_fail_and_name_the_first(folder: Path, tmp_path: Path) 
         (folder / f"00{i}.txt").unlink()
     _, rejects = run(folder)
     with pytest.raises(UserError, match=r"3 rejected, dataset.max_rejected allows 2(.|\n)*000.png: has no caption"):
-        refuse_too_many_rejects(rejects, settings(folder, max_rejected=2), tmp_path / "rejects.jsonl")
-    refuse_too_many_rejects(rejects, settings(folder, max_rejected=3), tmp_path / "rejects.jsonl")
+        refuse_too_many_rejects(rejects, settings(folder, max_rejected=2), tmp_path / "rejects.jsonl", None)
+    refuse_too_many_rejects(rejects, settings(folder, max_rejected=3), tmp_path / "rejects.jsonl", None)
 
 
 def test_nothing_left_to_train_on(folder: Path) -> None:
@@ -134,7 +134,7 @@ def test_nothing_left_to_train_on(folder: Path) -> None:
     held = [s for s in manifest.samples if s.split == "held-out"]
     only_held = replace(manifest, samples=tuple(held))
     with pytest.raises(UserError, match="no picture is left to train on"):
-        refuse_nothing_to_train_on(only_held, settings(folder))
+        refuse_nothing_to_train_on(only_held, 0, settings(folder))
 
 
 def test_the_split_is_by_content_and_new_pictures_move_none(folder: Path, tmp_path: Path) -> None:

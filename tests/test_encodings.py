@@ -20,9 +20,10 @@ from pipeline.dataset.manifest import Manifest, Sample, read_manifest, write_man
 from pipeline.encode import token_report
 from pipeline.encodings import ContentStore, EncodedSample, Index, Reading, latent_key, mask_key, text_key, write_encoded
 from pipeline.encodings import Encodings as Reader
-from pipeline.errors import UserError
+from pipeline.errors import AlreadyRunning, UserError
 from pipeline.families import family
 from pipeline.files import files_under, hash_tree
+from pipeline.lock import held
 from pipeline.model_source import LocalModel
 
 GEOMETRY = Geometry((64, 48), (43, 32), (5, 0, 37, 32))
@@ -310,6 +311,30 @@ def test_out_of_memory_halves_the_batch_and_goes_on(
         encode_folder(pictures, sd_folder, tmp_path / "s3", tmp_path / "three")
 
 
+def test_out_of_memory_halves_the_captions_too(pictures: Path, sd_folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    from pipeline.families.sd import StableDiffusion
+
+    encode_folder(pictures, sd_folder, tmp_path / "s1", tmp_path / "one")
+    honest, sizes, most = StableDiffusion.encode_captions, [], 4
+
+    def small(self, encoders, captions, chunks, clip_skip):
+        sizes.append(len(captions))
+        if len(captions) > most:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+        return honest(self, encoders, captions, chunks, clip_skip)
+
+    monkeypatch.setattr(StableDiffusion, "encode_captions", small)
+    encodings, counts = encode_folder(pictures, sd_folder, tmp_path / "s2", tmp_path / "two")
+    assert counts.captions == 11 and sizes == [16, 8, 4, 4, 4]
+    assert "out of memory with 16 captions at once: going on with 8" in capsys.readouterr().out
+    for sample in encodings.index.samples:
+        before = Reader(tmp_path / "one").text(sample.texts[0])["hidden"]
+        torch.testing.assert_close(encodings.text(sample.texts[0])["hidden"], before, rtol=1e-4, atol=1e-5)
+    most = 0
+    with pytest.raises(UserError, match=r"encoding one caption takes more memory than cpu has"):
+        encode_folder(pictures, sd_folder, tmp_path / "s3", tmp_path / "three")
+
+
 def test_half_precision_that_overflows_is_done_again_in_float32(
     pictures: Path, sd_folder: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
@@ -400,7 +425,9 @@ def test_masks_come_resized_and_mirrored_with_their_latents(
     assert counts.pictures == 20
     for sample in encodings.index.samples:
         plain, mirrored = (encodings.read(key)["mask"] for key in sample.masks)
-        assert plain.shape == (1, *encodings.read(sample.latents[0])["mean"].shape[1:]) and torch.equal(mirrored, plain.flip(-1))
+        assert plain.shape == (1, *encodings.read(sample.latents[0])["mean"].shape[1:]) and torch.equal(
+            mirrored, plain.flip(-1)
+        )
         assert plain[0, :, :2].min() == 1 and plain[0, :, 2:].max() == 0
     batches = Batches(encodings, 5, seed=0)
     for step in range(4):
@@ -408,6 +435,36 @@ def test_masks_come_resized_and_mirrored_with_their_latents(
         for i, member in enumerate(batches.members(step)):
             side = batches._side(member, step, i)
             assert torch.equal(batch.mask[i], encodings.read(member.masks[side])["mask"])
+
+
+def test_alpha_is_a_mask_beside_pictures_without_one(pictures: Path, sd_folder: Path, tmp_path: Path) -> None:
+    """Of two concepts one is masked by its transparency; in a batch the other's loss counts everywhere."""
+    (pictures / "cut-out").mkdir()
+    for path in sorted(pictures.glob("00[0-4].*")):
+        shutil.move(path, pictures / "cut-out" / path.name)
+    for path in (pictures / "cut-out").glob("*.png"):
+        image = Image.open(path).convert("RGB")
+        alpha = Image.new("L", image.size)
+        alpha.paste(255, (0, 0, image.width, image.height // 2))
+        image.putalpha(alpha)
+        image.save(path)
+    (pictures / "whole").mkdir()
+    for path in sorted(pictures.glob("00*.*")):
+        shutil.move(path, pictures / "whole" / path.name)
+    concepts = ({"path": "cut-out", "masks": "alpha"}, {"path": "whole"})
+    encodings, _ = encode_folder(
+        pictures, sd_folder, tmp_path / "s", tmp_path / "out", concepts=concepts, held_out_fraction=0.0
+    )
+    masked = [s for s in encodings.index.samples if s.masks]
+    assert len(masked) == 5 and len(encodings.index.samples) == 10
+    for sample in masked:
+        mask = encodings.read(sample.masks[0])["mask"]
+        assert mask[0, :4].min() == 1 and mask[0, 4:].max() == 0
+    batches = Batches(encodings, 10, seed=0)
+    batch = batches.batch(0, 0, 10)
+    assert batch.mask.shape[2:] == batch.x_0.shape[2:]
+    for i, member in enumerate(batches.members(0)):
+        assert batch.mask[i].mean() == (0.5 if member.masks else 1.0)
 
 
 def test_the_store_is_counted_cleaned_and_verified(pictures: Path, sd_folder: Path, tmp_path: Path) -> None:
@@ -430,6 +487,8 @@ def test_the_store_is_counted_cleaned_and_verified(pictures: Path, sd_folder: Pa
     data = bytearray(victim.read_bytes())
     data[-3] ^= 1
     victim.write_bytes(bytes(data))
+    with held(workspace.work / "precompute-latents-and-embeddings" / "x" / "lock", "x"), pytest.raises(AlreadyRunning):
+        collect(workspace, 0.0, dry_run=True)
     assert verify(workspace)[0] == 1 and not victim.exists()
     assert verify(workspace)[0] == 0
 

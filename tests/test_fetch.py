@@ -119,6 +119,16 @@ def test_edited_files_are_never_overwritten(hub: stand_in.Hub, root: Path, how: 
         assert "was edited since it was fetched" in said and (more if how == "added" else table).name in said
 
 
+def test_what_a_file_manager_leaves_behind_is_no_edit(hub: stand_in.Hub, root: Path) -> None:
+    hub.push("someone/cats", FIRST)
+    fetch(root, CATS)
+    (root / "data/someone--cats/images/.DS_Store").write_bytes(b"x")
+    assert "is there as pinned" in fetch(root, CATS)
+    hub.push("someone/cats", SECOND)
+    fetch(root, CATS, update=True)
+    assert content(root / "data/someone--cats") == SECOND
+
+
 def test_a_folder_of_the_users_own_is_left_alone(hub: stand_in.Hub, root: Path) -> None:
     hub.push("someone/cats", FIRST)
     (root / "data/someone--cats").mkdir(parents=True)

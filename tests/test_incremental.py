@@ -75,6 +75,23 @@ def test_a_clean_clone_seeds_itself_from_the_remote(
     assert encoded(clone)[0] == 11
     clone.set("dataset", resolution=32)
     assert encoded(clone) == (0, 0)
+    config = clone.path("base/vae/config.json")
+    config.write_text(config.read_text().replace('"scaling_factor": 0.5', '"scaling_factor": 0.25'))
+    assert clone.cli("pin").returncode == 0
+    assert encoded(clone) == (11, 0)
+
+
+def test_a_remote_of_a_kind_that_is_not_installed_keeps_nobody_from_encoding(
+    new_project: Callable[[], Project], tmp_path: Path, sd_folder: Path, clip_folder: Path, pictures_folder: Path
+) -> None:
+    first = new_project()
+    assert encoded(first) == (10, 11)
+    clone = make_project(tmp_path / "clone", sd_folder, clip_folder, pictures_folder)
+    shutil.copy(first.root / "dvc.lock", clone.root / "dvc.lock")
+    assert clone.dvc("remote", "add", "--default", "far", "ssh://nowhere.invalid/store").returncode == 0
+    done = clone.cli("run", ENCODE)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "encoded 10 pictures and 11 captions" in done.stdout
 
 
 def test_two_processes_give_the_bytes_of_one(new_project: Callable[[], Project]) -> None:

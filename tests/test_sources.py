@@ -481,9 +481,9 @@ def test_rows_that_cannot_be_used_have_their_line_and_reason(folder: Path) -> No
     assert reasons(result) == {
         "metadata.csv:3": "names missing.png, which is not there",
         "metadata.csv:4": "names no picture",
-        "metadata.csv:5": "b.png: has more values than columns: put captions with commas in quotes",
-        "metadata.csv:6": "c.png: the caption holds control characters",
-        "metadata.csv:7": "d.png: the caption has 10001 characters; at most 10000 are allowed",
+        "metadata.csv:5": "has more values than columns: put captions with commas in quotes (b.png)",
+        "metadata.csv:6": "the caption holds control characters (c.png)",
+        "metadata.csv:7": "the caption has 10001 characters; at most 10000 are allowed (d.png)",
     }
 
 
@@ -501,7 +501,7 @@ def test_lines_of_json_that_cannot_be_used(folder: Path) -> None:
         "metadata.jsonl:2": "is no JSON object",
         "metadata.jsonl:3": "names no picture",
         "metadata.jsonl:4": "names no picture",
-        "metadata.jsonl:5": "a.png: has a caption that is no text but int",
+        "metadata.jsonl:5": "has a caption that is no text but int (a.png)",
     }
 
 
@@ -543,8 +543,8 @@ def test_what_kohyas_json_cannot_settle_is_rejected(folder: Path) -> None:
     assert said == {
         "meta_cap.json: a": "may mean x/a.png or y/a.png: give the path with its extension",
         "meta_cap.json: b": "may mean b.jpg or b.png: give the path with its extension",
-        "c.png": "meta_cap.json: has an entry that is no object but str",
-        "d.png": "meta_cap.json: has a caption or tags that are no text but int",
+        "c.png": "has an entry that is no object but str (meta_cap.json)",
+        "d.png": "has a caption or tags that are no text but int (meta_cap.json)",
         "e.png": "meta_cap.json names it more than once (e and e.png): leave one",
         "meta_cap.json: f": "names a picture that is not there",
     }

@@ -33,6 +33,7 @@ from pipeline.dataset.source import (
     captions_needed,
     extension,
     folder_name,
+    foreign_pictures,
     is_image,
     is_inside,
     visible_files,
@@ -40,6 +41,17 @@ from pipeline.dataset.source import (
 from pipeline.errors import UserError
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+_SPLITS = (
+    "train",
+    "training",
+    "validation",
+    "valid",
+    "val",
+    "dev",
+    "test",
+    "testing",
+    "eval",
+)  # folders beside metadata: no classes
 _LONGEST_LINE = 16 * 2**20  # bytes of a line of JSON that are read before it is given up
 _LONGEST_FIELD = 16 * 2**20  # characters of a field of CSV, likewise; Python's own 131,072 would hide whose caption is too long
 
@@ -64,8 +76,10 @@ class ImageFolder:
             )
         captions: dict[str, list[str]] = {name: [] for name in images}
         rejects: list[Reject] = []
+        told: set[str] = set()  # files that rows name
         spoilt: set[str] = set()  # pictures with a row that cannot be used
-        for table in (name for name in files if Path(name).name in METADATA):
+        tables = [name for name in files if Path(name).name in METADATA]
+        for table in tables:
             if not is_inside(folder / table, folder):
                 rejects.append(Reject(shown(table), LINK_OUT))
                 continue
@@ -76,8 +90,9 @@ class ImageFolder:
                 picture, no_picture = picture_named(_file_name(row, settings), table.rpartition("/")[0], files, folder)
                 value, no_value = caption_value(row, settings.caption_column)
                 variants, no_caption = captions_of(value, settings.caption_lines)
+                told.add("/".join([*table.split("/")[:-1], str(_file_name(row, settings))]))
                 if reason := fault or no_picture or no_value or no_caption:
-                    rejects.append(Reject(f"{shown(table)}:{line}", f"{picture}: {reason}" if picture else reason))
+                    rejects.append(Reject(f"{shown(table)}:{line}", f"{reason} ({picture})" if picture else reason))
                     spoilt.add(picture)
                 else:
                     captions[picture] += variants
@@ -89,8 +104,11 @@ class ImageFolder:
             elif not is_inside(folder / name, folder):
                 rejects.append(Reject(name, LINK_OUT))
             elif captions[name] or name not in spoilt:
-                found.append(Found(name, tuple(dict.fromkeys(captions[name])), class_name=folder_name(name)))
-        return sorted_scan(found, rejects)
+                class_name = folder_name(name)
+                if tables and class_name in _SPLITS:
+                    class_name = ""
+                found.append(Found(name, tuple(dict.fromkeys(captions[name])), class_name=class_name))
+        return sorted_scan(found, rejects + [reject for reject in foreign_pictures(files) if reject.path not in told])
 
 
 def _has_class_folders(folder: Path, settings: Dataset) -> bool:

@@ -76,7 +76,7 @@ def read_mask(path: Path, size: tuple[int, int], max_pixels: int) -> Image.Image
         BadImage: it cannot be read or is not of the picture's size.
     """
     try:
-        mask = decode(path, max_pixels).image.convert("L")
+        mask = decode(path, max_pixels, "#000000").image.convert("L")  # what is transparent is left out
     except BadImage as bad:
         raise BadImage(f"has a mask, {path.name}, that {bad}") from None
     if mask.size != size:

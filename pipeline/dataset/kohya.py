@@ -16,6 +16,7 @@ from pipeline.dataset.sidecar import is_caption, pair, stem_of
 from pipeline.dataset.source import Found, Reject, Scan, is_image, visible_files
 
 _FOLDER = re.compile(r"^([0-9]{1,4})_(.*)$", re.DOTALL)  # five digits and more are a date, or a slip
+_SURELY = re.compile(r"^[0-9]{1,3}_")  # `2023_summer` is a year, unless `dataset.format` says otherwise
 
 
 class Kohya:
@@ -24,7 +25,7 @@ class Kohya:
     name = "kohya"
 
     def detect(self, folder: Path, settings: Dataset) -> bool:
-        return any(_FOLDER.match(p.name) and p.is_dir() for p in folder.iterdir())
+        return any(_SURELY.match(p.name) and p.is_dir() for p in folder.iterdir())
 
     def scan(self, folder: Path, settings: Dataset, unpacked: Path, check_stop: Callable[[], None]) -> Scan:
         files = visible_files(folder)

@@ -24,7 +24,7 @@ from pipeline.dataset.rows import (
     unfit,
 )
 from pipeline.dataset.sidecar import stem_of
-from pipeline.dataset.source import Found, Reject, Scan, folder_name, is_image, is_inside, visible_files
+from pipeline.dataset.source import Found, Reject, Scan, folder_name, foreign_pictures, is_image, is_inside, visible_files
 from pipeline.errors import UserError
 
 _LATEST_FIRST = ("meta_lat.json", "meta_clean.json", "meta_cap_dd.json", "meta_cap.json")  # each script writes the next
@@ -49,6 +49,7 @@ class KohyaJson:
             raise UserError(f"{folder / table} {LINK_OUT}: copy it there")
         rejects: list[Reject] = []
         entries: dict[str, list[tuple[str, object]]] = defaultdict(list)  # picture -> keys with what they say
+        unknown: set[str] = set()  # keys that name no picture
         names = _Names(images)
         for key, entry, unread in _read(folder / table):
             check_stop()
@@ -56,6 +57,7 @@ class KohyaJson:
             picture, no_picture = checked_picture(path, key, files, folder) if path else ("", no_path)
             if no_picture:
                 rejects.append(Reject(f"{shown(table)}: {shown(key)}", no_picture))
+                unknown.add(key)
             else:
                 entries[picture].append((key, entry))
         found: list[Found] = []
@@ -70,10 +72,10 @@ class KohyaJson:
                 keys = " and ".join(shown(key) for key, _ in said[:2])
                 rejects.append(Reject(name, f"{shown(table)} names it more than once ({keys}): leave one"))
             elif fault:
-                rejects.append(Reject(name, f"{shown(table)}: {fault}"))
+                rejects.append(Reject(name, f"{fault} ({shown(table)})"))
             else:
                 found.append(Found(name, captions, class_name=folder_name(name)))
-        return sorted_scan(found, rejects)
+        return sorted_scan(found, rejects + [r for r in foreign_pictures(files) if not {r.path, stem_of(r.path)} & unknown])
 
 
 class _Names:

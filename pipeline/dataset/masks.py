@@ -10,6 +10,7 @@ from typing import Protocol
 from pipeline.dataset.source import IMAGE_EXTENSIONS, is_image
 from pipeline.errors import UserError
 
+_ENDINGS = (*IMAGE_EXTENSIONS, *(ending.upper() for ending in IMAGE_EXTENSIONS))
 _MARKS = (".mask", "-masklabel")  # cat.mask.png, or OneTrainer's cat-masklabel.png, beside cat.jpg
 
 
@@ -39,7 +40,7 @@ class MaskFolder:
 
     def of(self, file: Path, name: str) -> Path | None:
         stem = self.folder / Path(name).with_suffix("")
-        return _first(stem.with_name(stem.name + ending) for ending in IMAGE_EXTENSIONS)
+        return _first(stem.with_name(stem.name + ending) for ending in _ENDINGS)
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class MasksBeside:
         return is_image(path.name) and path.stem.endswith(_MARKS)
 
     def of(self, file: Path, name: str) -> Path | None:
-        return _first(file.with_name(file.stem + mark + ending) for mark in _MARKS for ending in IMAGE_EXTENSIONS)
+        return _first(file.with_name(file.stem + mark + ending) for mark in _MARKS for ending in _ENDINGS)
 
 
 def _first(candidates: Iterable[Path]) -> Path | None:

@@ -20,7 +20,7 @@ from pipeline.dataset.geometry import Geometry, bucket, fit, shared, square
 from pipeline.dataset.images import BadImage, Picture, decode, hash_pixels, read_mask
 from pipeline.dataset.manifest import Manifest, Mask, Sample, split_of
 from pipeline.dataset.masks import masks_of
-from pipeline.dataset.source import Found, Reject, is_image, is_inside, require_folder, visible_files
+from pipeline.dataset.source import Found, Reject, is_image, is_inside, linked_folders, require_folder, visible_files
 from pipeline.dataset.sources import source_of
 from pipeline.errors import UserError
 from pipeline.progress import progress
@@ -140,8 +140,8 @@ def _see(folder: Path, settings: Dataset, unpacked: Path, check_stop: Callable[[
     return seen, rejects
 
 
-def refuse_too_many_rejects(rejects: list[Reject], settings: Dataset, listing: Path) -> None:
-    """Fail when more was rejected than allowed; `listing` is the file that names all."""
+def refuse_too_many_rejects(rejects: list[Reject], settings: Dataset, listing: Path, page: Path | None) -> None:
+    """Fail when more was rejected than allowed; `listing` is the file that names all, `page` shows them beside the others."""
     if len(rejects) > settings.max_rejected:
         lines = [f"  {r.path}: {r.reason}" for r in rejects[:_LISTED]]
         if len(rejects) > _LISTED:
@@ -150,15 +150,17 @@ def refuse_too_many_rejects(rejects: list[Reject], settings: Dataset, listing: P
             f"{settings.path}: {len(rejects)} rejected, dataset.max_rejected allows {settings.max_rejected}:\n"
             + "\n".join(lines)
             + f"\nMend or remove them, or raise dataset.max_rejected; the whole list is in {listing}"
+            + (f", and on the page {page}" if page else "")
         )
 
 
-def refuse_nothing_to_train_on(manifest: Manifest, settings: Dataset) -> None:
+def refuse_nothing_to_train_on(manifest: Manifest, left_out: int, settings: Dataset) -> None:
     """Fail when no picture is left on the training side."""
     if not any(s.split == "train" and not s.regularisation for s in manifest.samples):
         raise UserError(
             f"{settings.path}: no picture is left to train on: {len(manifest.samples)} usable, all held out by "
-            f"dataset.held_out_fraction {settings.held_out_fraction}, or for regularisation: add pictures or lower it"
+            f"dataset.held_out_fraction {settings.held_out_fraction}, or for regularisation; {left_out} more left out, as duplicates: "
+            "add pictures or lower it"
         )
 
 
@@ -178,7 +180,8 @@ def scan_concepts(
             if a.is_relative_to(b) or b.is_relative_to(a):
                 raise UserError(f"dataset.concepts: {a} and {b} overlap: a picture must belong to one concept")
     items: list[Item] = []
-    rejects: list[Reject] = []
+    named = {settings.masks, *(c.path for c in concepts), *(c.masks for c in concepts)}
+    rejects = [reject for reject in linked_folders(folder) if reject.path not in named]
     for concept, place in zip(concepts, places, strict=True):
         prefix = "" if place == folder.resolve() else place.relative_to(folder.resolve()).as_posix() + "/"
         own = _as_concept(settings, concept)

@@ -73,6 +73,7 @@ def summarise(prepared: Prepared) -> dict[str, Any]:
         "rejected": len(prepared.rejects),
         "rejected_by_reason": _by_reason(r.reason for r in prepared.rejects),
         "left_out": len(prepared.left_out),
+        "left_out_by_reason": _by_reason(r.reason for r in prepared.left_out),
         "near_duplicates": len(prepared.duplicates),
         "notes_by_reason": _by_reason(r.reason for r in prepared.notes),
         "sizes": _counted(f"{w}×{h}" for w, h in (s.geometry.size for s in samples)),
@@ -116,7 +117,9 @@ def _cell(file: Path, sample: Sample, settings: Dataset) -> Image.Image:
 
 def _by_reason(reasons: Iterable[str]) -> dict[str, int]:
     """Counts by reason, with the numbers and names in it left out, so that like faults stand together."""
-    return _counted(re.sub(r"\S*\d\S*", "…", reason.split(":")[0])[:100] for reason in reasons)
+    plain = (re.sub(r"^names .*?(?=, which|:|$)", "names …", reason).split(":")[0] for reason in reasons)
+    plain = (re.sub(r"(\s*\([^()]*\))+$", "", reason) for reason in plain)
+    return _counted(re.sub(r"\S*\d\S*|\S+\.\w{2,5}(?=[\s,]|$)", "…", reason)[:100] for reason in plain)
 
 
 def _counted(values: Iterable[str]) -> dict[str, int]:

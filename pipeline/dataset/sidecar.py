@@ -45,7 +45,12 @@ class Sidecar:
 
 
 def pair(
-    folder: Path, files: Collection[str], pictures: Mapping[str, str], captions: Mapping[str, str], settings: Dataset
+    folder: Path,
+    files: Collection[str],
+    pictures: Mapping[str, str],
+    captions: Mapping[str, str],
+    settings: Dataset,
+    inside: str = "",
 ) -> Scan:
     """Match pictures with caption files.
 
@@ -54,15 +59,20 @@ def pair(
         files: relative names of all its visible files.
         pictures, captions: relative name -> stem; a caption belongs to the picture of the same stem.
         settings: for the extensions, the first of which wins, and for `caption_lines`.
+        inside: what pictures' names start with and their stems do not.
     """
-    named = {(stem, extension(name)): name for name, stem in captions.items()}
+    named: dict[tuple[str, str], str] = {}
     found: list[Found] = []
     rejects: list[Reject] = []
+    for name, stem in captions.items():
+        first = named.setdefault((stem, extension(name)), name)
+        if first != name:
+            rejects.append(Reject(shown(name), f"is a second caption beside {shown(first)}: leave one"))
     taken: dict[str, str] = {}
     endings = caption_extensions(settings)
     for name, stem in pictures.items():
         beside = [named[stem, ending] for ending in endings if (stem, ending) in named]
-        class_name = folder_name(name)
+        class_name = folder_name(name.removeprefix(inside))
         if not name.isprintable():
             rejects.append(Reject(shown(name), "has a name that cannot be printed: rename it"))
         elif not is_inside(folder / name, folder) or (beside and not is_inside(folder / beside[0], folder)):
@@ -75,12 +85,12 @@ def pair(
             taken[beside[0]] = name
             variants, fault = read_captions(folder / beside[0], settings.caption_lines)
             if fault:
-                rejects.append(Reject(name, f"{beside[0]}: {fault}"))
+                rejects.append(Reject(name, f"{fault} ({beside[0]})"))
             else:
                 found.append(Found(name, variants, class_name=class_name))
     foreign = foreign_pictures(files)
     rejects += foreign
-    stems = {*pictures.values(), *(stem_of(reject.path) for reject in foreign)}
+    stems = {*pictures.values(), *(stem_of(reject.path.removeprefix(inside)) for reject in foreign)}
     lonely = [name for name, stem in captions.items() if stem not in stems]
     rejects += [Reject(shown(name), "is a caption without a picture of the same name") for name in lonely]
     return sorted_scan(found, rejects)

@@ -80,8 +80,26 @@ def visible_files(folder: Path) -> Collection[str]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         inside = Path(place).relative_to(folder).as_posix()
         prefix = "" if inside == "." else inside + "/"
-        names += [prefix + name for name in files if not name.startswith(".") and os.path.isfile(os.path.join(place, name))]
+        # a link to nothing is listed too: it is refused when it is opened, and a picture that is missing is not missed in silence
+        names += [
+            prefix + name for name in files if not name.startswith(".") and _is_file_or_dead_link(os.path.join(place, name))
+        ]
     return dict.fromkeys(sorted(names)).keys()
+
+
+def linked_folders(folder: Path) -> list[Reject]:
+    """The visible folders that are links: they may lead anywhere, round in a circle too, so that nobody goes into them."""
+    links = []
+    for place, folders, _ in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        links += [Path(place, name) for name in folders if os.path.islink(os.path.join(place, name))]
+    told = "is a link to a folder, and links are not followed: put the folder itself here, or remove the link"
+    names = sorted(path.relative_to(folder).as_posix() for path in links)
+    return [Reject(name if name.isprintable() else ascii(name), told) for name in names]
+
+
+def _is_file_or_dead_link(path: str) -> bool:
+    return os.path.isfile(path) or (os.path.islink(path) and not os.path.exists(path))
 
 
 def folder_name(name: str) -> str:
@@ -137,7 +155,7 @@ def read_text_file(path: Path) -> tuple[str, str]:
 def clean_caption(text: str) -> tuple[str, str]:
     """A caption with its white space folded, and what is wrong with it, one of them empty."""
     caption = " ".join(text.split())
-    if not caption:
+    if not caption.strip(" ,"):
         return "", "the caption is empty"
     if len(caption) > MAX_CAPTION_CHARACTERS:
         return "", f"the caption has {len(caption)} characters; at most {MAX_CAPTION_CHARACTERS} are allowed"

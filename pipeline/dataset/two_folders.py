@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.config import Dataset
-from pipeline.dataset.rows import sorted_scan, unfit
+from pipeline.dataset.rows import shown, sorted_scan, unfit
 from pipeline.dataset.sidecar import is_caption, pair, stem_of
 from pipeline.dataset.source import Reject, Scan, is_image, visible_files
 
@@ -34,8 +34,8 @@ class TwoFolders:
         }
         if not pictures or not self.detect(folder, settings):
             raise unfit(folder, self.name, "pictures are looked for in images/, captions in texts/ or captions/ beside it")
-        paired = pair(folder, files, pictures, captions, settings)
-        elsewhere = [Reject(name, "lies outside images/") for name in images if name.isprintable() and name not in pictures]
+        paired = pair(folder, files, pictures, captions, settings, _PICTURES)
+        elsewhere = [Reject(shown(name), "lies outside images/") for name in images if name not in pictures]
         return sorted_scan(paired.found, [*paired.rejects, *elsewhere])
 
 

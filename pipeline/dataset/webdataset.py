@@ -27,7 +27,7 @@ from pipeline.dataset.rows import (
     sorted_scan,
     unfit,
 )
-from pipeline.dataset.source import Found, Reject, Scan, folder_name, is_image, is_inside
+from pipeline.dataset.source import FOREIGN_EXTENSIONS, Found, Reject, Scan, folder_name, is_image, is_inside
 from pipeline.dataset.unpack import LARGEST, unpack
 
 _SHARDS = ("*.tar", "*.tar.gz", "*.tgz")
@@ -92,6 +92,8 @@ def _found(sample: _Sample, settings: Dataset, unpacked: Path) -> tuple[Found | 
     pictures = [name for name in sample.members if is_image(f"x.{name}")]
     plain = [name for name in pictures if "." not in name]  # a mask, say, is `000.mask.png`
     chosen = [name for name in pictures if name == settings.image_column] or plain or pictures
+    if not chosen and (foreign := [name for name in sample.members if f".{name}" in FOREIGN_EXTENSIONS]):
+        return None, f"is a picture in a format that is not read here ({foreign[0]})"
     if not chosen:
         return None, "is a caption without a picture of the same name"
     if len(chosen) > 1:
@@ -151,6 +153,8 @@ def _samples(path: Path, settings: Dataset) -> Iterator[_Sample]:
                     sample.fault = sample.fault or fault
                 elif extension in sample.members:
                     sample.fault = f"holds {shown(extension)} twice"
+                elif f".{extension}" in FOREIGN_EXTENSIONS:
+                    sample.members[extension] = b""  # never read; where there is no other picture it says why
                 elif wanted:
                     file = archive.extractfile(member)
                     assert file is not None  # it is a regular file
