@@ -90,10 +90,9 @@ def _print(
             "captions cut off",
             [(row["sample"], f"{row['tokens']} tokens: {row['caption']}") for row in tokens["cut_off"]],
         )
-    words = ", ".join(f"{word} {count}" for word, count in list(summary["frequent_words"].items())[:15])
-    console.print(f"\nfrequent words: {escape(words)}")
-    if summary["tags"]:
-        console.print(f"tags: {escape(', '.join(f'{tag} {count}' for tag, count in list(summary['tags'].items())[:15]))}")
+    console.print(f"\nfrequent words: {_most(summary['frequent_words'])}")
+    if tags := {tag: count for tag, count in summary["tags"].items() if count > 1}:
+        console.print(f"tags: {_most(tags)}")
     if summary["near_duplicates"]:
         console.print(f"near-duplicates: {summary['near_duplicates']}, listed on the page")
     for title, key in (
@@ -107,6 +106,12 @@ def _print(
     _listing(console, "left out", [(r.path, r.reason) for r in left_out])
     if report:
         console.print(f"\npage: {report / 'index.html'}\nsheet: {report / 'contact-sheet.png'}", soft_wrap=True)
+
+
+def _most(counts: dict[str, int]) -> str:
+    """The most frequent first: JSON has them by name."""
+    first = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[:15]
+    return escape(", ".join(f"{name} {count}" for name, count in first))
 
 
 def _histogram(console: Console, title: str, counts: dict[str, int]) -> None:

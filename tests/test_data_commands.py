@@ -40,6 +40,8 @@ def test_inspect_prints_what_the_stages_found_and_cache_counts_what_they_keep(pr
     assert f"train               {summary['train']}" in told and "captions cut off (1)" in told
     assert f"{first.with_suffix('.png').name}: " in told.partition("captions cut off")[2]  # not by what its file holds
     assert f"the encoder reads {tokens['limit']}" in told and "contact-sheet.png" in told
+    words = told.partition("frequent words: ")[2].partition("\n")[0].split(", ")
+    assert [int(word.rsplit(" ", 1)[1]) for word in words] == sorted(summary["frequent_words"].values(), reverse=True)[:15]
     stats = project.cli("cache", "stats").stdout
     held, _, rest = stats.partition(" encodings in ")
     assert rest.strip().endswith(f"{held} of them are in use")

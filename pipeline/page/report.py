@@ -99,6 +99,8 @@ def _histograms(summary: dict[str, Any], tokens: Path) -> dict[str, dict[str, in
     """Title -> name -> count, in the order of the page. Tokens are counted where the tokenizer is: `tokens` is the encoders' file,
     which a clone that pulled the reports alone does not have."""
     shown = {title: dict(list(summary[key].items())[:20]) for key, title in _HISTOGRAMS.items() if summary.get(key)}
+    if tags := summary.get("tags"):  # the most frequent: JSON has them by name
+        shown[_HISTOGRAMS["tags"]] = dict(sorted(tags.items(), key=lambda pair: (-pair[1], pair[0]))[:20])
     if tokens.is_file():
         told = _json(tokens)
         shown[f"Tokens a caption ({told['limit']} are read)"] = told["lengths"]
