@@ -64,7 +64,7 @@ def encode_captions(
     """Encode captions by key.
 
     Raises:
-        UserError: an embedding is not finite in the stored type.
+        UserError: an embedding is not finite in the stored type, or a caption does not fit into the device's memory alone.
     """
     encoders, dtype = family.load_text_encoders(model, device), getattr(torch, how.dtype)
     keys = list(todo)

@@ -81,6 +81,25 @@ def test_a_colour_profile_is_turned_into_srgb(folder: Path) -> None:
     assert max(abs(a - b) for a, b in zip(there, (200, 30, 60), strict=True)) <= 3
 
 
+def swapped_primaries() -> bytes:
+    """sRGB with the places of red and green exchanged in its table of tags: what is written red means green."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    return profile.replace(b"rXYZ", b"temp", 1).replace(b"gXYZ", b"rXYZ", 1).replace(b"temp", b"gXYZ", 1)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+@pytest.mark.parametrize("ending", ["png", "webp", "tif", "jpg"])
+def test_primaries_of_a_profile_are_heeded_in_every_mode(folder: Path, mode: str, ending: str) -> None:
+    if (mode, ending) in {("RGBA", "jpg"), ("P", "jpg"), ("P", "webp")}:
+        pytest.skip("the format has no such mode")
+    plain = Image.new("RGB", (40, 40), (200, 30, 60))
+    image = plain.quantize(4) if mode == "P" else plain.convert(mode)
+    options = {"lossless": True} if ending == "webp" else {"quality": 100} if ending == "jpg" else {}
+    image.save(folder / f"a.{ending}", icc_profile=swapped_primaries(), **options)
+    there = decode(folder / f"a.{ending}", 10**6).image.getpixel((5, 5))
+    assert max(abs(a - b) for a, b in zip(there, (30, 200, 60), strict=True)) <= 4, there
+
+
 def test_an_unusable_profile_is_noted_and_not_fatal(folder: Path) -> None:
     Image.new("RGB", (40, 40), (9, 8, 7)).save(folder / "odd.png", icc_profile=b"no profile at all")
     picture = decode(folder / "odd.png", 10**6)

@@ -41,17 +41,7 @@ from pipeline.dataset.source import (
 from pipeline.errors import UserError
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-_SPLITS = (
-    "train",
-    "training",
-    "validation",
-    "valid",
-    "val",
-    "dev",
-    "test",
-    "testing",
-    "eval",
-)  # folders beside metadata: no classes
+_SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval")  # with metadata: no classes
 _LONGEST_LINE = 16 * 2**20  # bytes of a line of JSON that are read before it is given up
 _LONGEST_FIELD = 16 * 2**20  # characters of a field of CSV, likewise; Python's own 131,072 would hide whose caption is too long
 
@@ -76,7 +66,7 @@ class ImageFolder:
             )
         captions: dict[str, list[str]] = {name: [] for name in images}
         rejects: list[Reject] = []
-        told: set[str] = set()  # files that rows name
+        told: set[str] = set()  # pictures in foreign formats that rows name
         spoilt: set[str] = set()  # pictures with a row that cannot be used
         tables = [name for name in files if Path(name).name in METADATA]
         for table in tables:
@@ -90,7 +80,8 @@ class ImageFolder:
                 picture, no_picture = picture_named(_file_name(row, settings), table.rpartition("/")[0], files, folder)
                 value, no_value = caption_value(row, settings.caption_column)
                 variants, no_caption = captions_of(value, settings.caption_lines)
-                told.add("/".join([*table.split("/")[:-1], str(_file_name(row, settings))]))
+                if no_picture:
+                    told.add("/".join([*table.split("/")[:-1], str(_file_name(row, settings))]))
                 if reason := fault or no_picture or no_value or no_caption:
                     rejects.append(Reject(f"{shown(table)}:{line}", f"{reason} ({picture})" if picture else reason))
                     spoilt.add(picture)
