@@ -117,7 +117,7 @@ def _most(counts: dict[str, int]) -> str:
 def _histogram(console: Console, title: str, counts: dict[str, int]) -> None:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     most = max(counts.values(), default=1)
-    for name, count in counts.items():
+    for name, count in sorted(counts.items(), key=lambda pair: pair[0].startswith("over ")):  # JSON has it before "up to"
         table.add_row(name, str(count), "█" * max(1, round(24 * count / most)))
     console.print(f"\n{title}")
     console.print(table)

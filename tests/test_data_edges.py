@@ -378,3 +378,10 @@ def test_reasons_are_counted_without_the_names_in_them(folder: Path) -> None:
     put(folder, "good.png", noise(40, 40, 1), None)
     (folder / "metadata.csv").write_text(rows)
     assert summarise(run(folder))["rejected_by_reason"] == {"names …, which is not there": 2}
+
+
+def test_the_longest_come_last(folder: Path) -> None:
+    put(folder, "a.png", noise(40, 40, 1), "a cat")
+    put(folder, "b.png", noise(40, 40, 2), "a cat " * 50)
+    assert summarise(run(folder))["caption_words"] == {"up to 05": 1, "over 75": 1}
+    assert list(summarise(run(folder))["caption_words"]) == ["up to 05", "over 75"]

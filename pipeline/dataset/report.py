@@ -50,6 +50,7 @@ def write_report(out: Path, root: Path, prepared: Prepared, settings: Dataset, u
     page = environment.get_template("report.html.jinja").render(
         folder=settings.path,
         summary=summary,
+        tags={tag: count for tag, count in summary["tags"].items() if count > 1},  # a sentence with a comma is none
         rejects=prepared.rejects,
         left_out=prepared.left_out,
         duplicates=prepared.duplicates,
@@ -123,7 +124,7 @@ def _by_reason(reasons: Iterable[str]) -> dict[str, int]:
 
 
 def _counted(values: Iterable[str]) -> dict[str, int]:
-    return dict(sorted(Counter(values).items()))
+    return dict(sorted(Counter(values).items(), key=lambda pair: (pair[0].startswith("over "), pair[0])))
 
 
 def _most(values: Iterable[str]) -> dict[str, int]:

@@ -31,7 +31,6 @@ _HISTOGRAMS = {
     "original_megapixels": "Original megapixels",
     "caption_words": "Words a caption",
     "rejected_by_reason": "Rejected",
-    "tags": "Tags",
 }
 
 
@@ -98,13 +97,18 @@ def _facts(workspace: Workspace, params: Params) -> dict[str, Any]:
 def _histograms(summary: dict[str, Any], tokens: Path) -> dict[str, dict[str, int]]:
     """Title -> name -> count, in the order of the page. Tokens are counted where the tokenizer is: `tokens` is the encoders' file,
     which a clone that pulled the reports alone does not have."""
-    shown = {title: dict(list(summary[key].items())[:20]) for key, title in _HISTOGRAMS.items() if summary.get(key)}
-    if tags := summary.get("tags"):  # the most frequent: JSON has them by name
-        shown[_HISTOGRAMS["tags"]] = dict(sorted(tags.items(), key=lambda pair: (-pair[1], pair[0]))[:20])
+    found = {title: summary.get(key) for key, title in _HISTOGRAMS.items()}
     if tokens.is_file():
         told = _json(tokens)
-        shown[f"Tokens a caption ({told['limit']} are read)"] = told["lengths"]
-    return shown
+        found[f"Tokens a caption ({told['limit']} are read)"] = told["lengths"]
+    # JSON has them by name: "over 75" comes last, and of the tags the frequent ones first; a sentence with a comma is none
+    shown = {title: dict(sorted(counts.items(), key=_is_over)[:20]) for title, counts in found.items() if counts}
+    tags = {tag: count for tag, count in summary.get("tags", {}).items() if count > 1}
+    return {**shown, "Tags": dict(sorted(tags.items(), key=lambda pair: (-pair[1], pair[0]))[:20])} if tags else shown
+
+
+def _is_over(pair: tuple[str, int]) -> bool:
+    return pair[0].startswith("over ")
 
 
 def _rows(metrics: dict[str, float | None], params: Params) -> list[dict[str, Any]]:
