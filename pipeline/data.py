@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline.config import load_params
+from pipeline.dataset.counts import frequent, in_ranges, recurring
 from pipeline.dataset.manifest import read_lines, read_manifest
 from pipeline.dataset.prepare import prepare
 from pipeline.dataset.report import summarise, write_report
@@ -91,7 +92,7 @@ def _print(
             [(row["sample"], f"{row['tokens']} tokens: {row['caption']}") for row in tokens["cut_off"]],
         )
     console.print(f"\nfrequent words: {_most(summary['frequent_words'])}")
-    if tags := {tag: count for tag, count in summary["tags"].items() if count > 1}:
+    if tags := recurring(summary["tags"]):
         console.print(f"tags: {_most(tags)}")
     if summary["near_duplicates"]:
         console.print(f"near-duplicates: {summary['near_duplicates']}, listed on the page")
@@ -109,15 +110,13 @@ def _print(
 
 
 def _most(counts: dict[str, int]) -> str:
-    """The most frequent first: JSON has them by name."""
-    first = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[:15]
-    return escape(", ".join(f"{name} {count}" for name, count in first))
+    return escape(", ".join(f"{name} {count}" for name, count in frequent(counts, 15).items()))
 
 
 def _histogram(console: Console, title: str, counts: dict[str, int]) -> None:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     most = max(counts.values(), default=1)
-    for name, count in sorted(counts.items(), key=lambda pair: pair[0].startswith("over ")):  # JSON has it before "up to"
+    for name, count in in_ranges(counts).items():
         table.add_row(name, str(count), "█" * max(1, round(24 * count / most)))
     console.print(f"\n{title}")
     console.print(table)

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 from pipeline.config import Params
+from pipeline.model_source import pixels_per_cell
 from pipeline.workspace import Workspace
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -73,7 +74,7 @@ def disk_line(params: Params, vae_config: Path, pictures: int) -> str:
     if not vae_config.is_file():
         return "not known: the base has no vae/config.json"
     vae = json.loads(vae_config.read_text(encoding="utf-8"))
-    side = params.dataset.resolution / 2 ** (len(vae["block_out_channels"]) - 1)
+    side = params.dataset.resolution / pixels_per_cell(vae)
     each = 2 * vae["latent_channels"] * side**2 * _BYTES[params.encode.dtype] * (2 if params.encode.flip else 1)
     total = each * pictures / 2**20
     return (

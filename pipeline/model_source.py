@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.files import files_under, hash_json
@@ -59,10 +61,14 @@ class LocalModel:
         return hash_json([self.variant, files])
 
     def pixels_per_cell(self) -> int:
-        """A latent cell's side in pixels: every level of an `AutoencoderKL` but the last halves the picture."""
+        """Of the VAE that encodes for this base."""
         folder = self.path / "vae" if self.vae is None else self.vae.path
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return 1 << len(config["block_out_channels"]) - 1
+        return pixels_per_cell(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+
+
+def pixels_per_cell(vae_config: Mapping[str, Any]) -> int:
+    """A latent cell's side in pixels: every level of an `AutoencoderKL` but the last halves the picture."""
+    return 1 << len(vae_config["block_out_channels"]) - 1
 
 
 def pin_of(folder: Path) -> str:

@@ -66,7 +66,7 @@ class ImageFolder:
             )
         captions: dict[str, list[str]] = {name: [] for name in images}
         rejects: list[Reject] = []
-        told: set[str] = set()  # pictures in foreign formats that rows name
+        told: set[str] = set()  # what rows name that is no picture here
         spoilt: set[str] = set()  # pictures with a row that cannot be used
         tables = [name for name in files if Path(name).name in METADATA]
         for table in tables:

@@ -20,6 +20,7 @@ from pipeline.dataset.geometry import Geometry, bucket, fit, shared, square
 from pipeline.dataset.images import BadImage, Picture, decode, hash_pixels, read_mask
 from pipeline.dataset.manifest import Manifest, Mask, Sample, split_of
 from pipeline.dataset.masks import masks_of
+from pipeline.dataset.rows import shown
 from pipeline.dataset.source import Found, Reject, is_image, is_inside, linked_folders, require_folder, visible_files
 from pipeline.dataset.sources import source_of
 from pipeline.errors import UserError
@@ -181,7 +182,8 @@ def scan_concepts(
                 raise UserError(f"dataset.concepts: {a} and {b} overlap: a picture must belong to one concept")
     items: list[Item] = []
     named = {settings.masks, *(c.path for c in concepts), *(c.masks for c in concepts)}
-    rejects = [reject for reject in linked_folders(folder) if reject.path not in named]
+    why = "is a link to a folder, and links are not followed: put the folder itself here, or remove the link"
+    rejects = [Reject(shown(name), why) for name in linked_folders(folder) if name not in named]
     for concept, place in zip(concepts, places, strict=True):
         prefix = "" if place == folder.resolve() else place.relative_to(folder.resolve()).as_posix() + "/"
         own = _as_concept(settings, concept)

@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image, ImageDraw
 
 from pipeline.config import Dataset
+from pipeline.dataset.counts import frequent, in_ranges, recurring
 from pipeline.dataset.images import decode
 from pipeline.dataset.manifest import Sample
 from pipeline.dataset.prepare import Prepared
@@ -50,7 +51,7 @@ def write_report(out: Path, root: Path, prepared: Prepared, settings: Dataset, u
     page = environment.get_template("report.html.jinja").render(
         folder=settings.path,
         summary=summary,
-        tags={tag: count for tag, count in summary["tags"].items() if count > 1},  # a sentence with a comma is none
+        tags=recurring(summary["tags"]),
         rejects=prepared.rejects,
         left_out=prepared.left_out,
         duplicates=prepared.duplicates,
@@ -124,12 +125,11 @@ def _by_reason(reasons: Iterable[str]) -> dict[str, int]:
 
 
 def _counted(values: Iterable[str]) -> dict[str, int]:
-    return dict(sorted(Counter(values).items(), key=lambda pair: (pair[0].startswith("over "), pair[0])))
+    return in_ranges(Counter(values))
 
 
 def _most(values: Iterable[str]) -> dict[str, int]:
-    counts = Counter(values)
-    return dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[:40])
+    return frequent(Counter(values), 40)
 
 
 def _megapixels(sample: Sample) -> str:

@@ -15,6 +15,7 @@ from pipeline.errors import UserError
 # pictures that Pillow reads only with plug-ins, or not at all: named, so that none goes missing without a word
 FOREIGN_EXTENSIONS = (".heic", ".heif", ".avif", ".jfif", ".jxl", ".jp2", ".svg", ".raw", ".cr2", ".nef", ".dng", ".psd")
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+NOT_READ = "is a picture in a format that is not read here"
 MAX_CAPTION_CHARACTERS = 10_000
 
 
@@ -87,15 +88,13 @@ def visible_files(folder: Path) -> Collection[str]:
     return dict.fromkeys(sorted(names)).keys()
 
 
-def linked_folders(folder: Path) -> list[Reject]:
-    """The visible folders that are links: they may lead anywhere, round in a circle too, so that nobody goes into them."""
+def linked_folders(folder: Path) -> list[str]:
+    """The visible folders that are links, as relative names with `/`, sorted: they may lead anywhere, round in a circle too, so that nobody goes into them."""
     links = []
     for place, folders, _ in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         links += [Path(place, name) for name in folders if os.path.islink(os.path.join(place, name))]
-    told = "is a link to a folder, and links are not followed: put the folder itself here, or remove the link"
-    names = sorted(path.relative_to(folder).as_posix() for path in links)
-    return [Reject(name if name.isprintable() else ascii(name), told) for name in names]
+    return sorted(path.relative_to(folder).as_posix() for path in links)
 
 
 def _is_file_or_dead_link(path: str) -> bool:
@@ -120,7 +119,7 @@ def is_image(name: str) -> bool:
 def foreign_pictures(names: Iterable[str]) -> list[Reject]:
     """The files that are pictures in a format that is not read here."""
     return [
-        Reject(name, f"is a picture in a format that is not read here: convert it to one of {', '.join(IMAGE_EXTENSIONS)}")
+        Reject(name, f"{NOT_READ}: convert it to one of {', '.join(IMAGE_EXTENSIONS)}")
         for name in names
         if extension(name) in FOREIGN_EXTENSIONS and name.isprintable()
     ]

@@ -27,7 +27,7 @@ from pipeline.dataset.rows import (
     sorted_scan,
     unfit,
 )
-from pipeline.dataset.source import FOREIGN_EXTENSIONS, Found, Reject, Scan, folder_name, is_image, is_inside
+from pipeline.dataset.source import FOREIGN_EXTENSIONS, NOT_READ, Found, Reject, Scan, folder_name, is_image, is_inside
 from pipeline.dataset.unpack import LARGEST, unpack
 
 _SHARDS = ("*.tar", "*.tar.gz", "*.tgz")
@@ -92,9 +92,9 @@ def _found(sample: _Sample, settings: Dataset, unpacked: Path) -> tuple[Found | 
     pictures = [name for name in sample.members if is_image(f"x.{name}")]
     plain = [name for name in pictures if "." not in name]  # a mask, say, is `000.mask.png`
     chosen = [name for name in pictures if name == settings.image_column] or plain or pictures
-    if not chosen and (foreign := [name for name in sample.members if f".{name}" in FOREIGN_EXTENSIONS]):
-        return None, f"is a picture in a format that is not read here ({foreign[0]})"
     if not chosen:
+        if foreign := [name for name in sample.members if f".{name}" in FOREIGN_EXTENSIONS]:
+            return None, f"{NOT_READ} ({foreign[0]})"
         return None, "is a caption without a picture of the same name"
     if len(chosen) > 1:
         return None, f"holds several pictures ({', '.join(shown(n) for n in chosen)}): name one in dataset.image_column"

@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from pipeline.config import Params, load_params
+from pipeline.dataset.counts import frequent, in_ranges, recurring
 from pipeline.errors import UserError
 from pipeline.evaluate.gate import judge
 from pipeline.evaluate.sampling import Shot
@@ -25,6 +26,7 @@ from pipeline.stage import value_changes
 from pipeline.workspace import ADAPTER, DATASET, DATASET_REPORT, DIST, ENCODED, TRAIN_REPORT, VALIDATE_REPORT, Workspace
 
 _SHOTS = 12
+_BARS = 20  # of a histogram
 _SMALL = 256  # pixels: smaller samples are enlarged without smoothing
 _HISTOGRAMS = {
     "sizes": "Sizes",
@@ -101,14 +103,9 @@ def _histograms(summary: dict[str, Any], tokens: Path) -> dict[str, dict[str, in
     if tokens.is_file():
         told = _json(tokens)
         found[f"Tokens a caption ({told['limit']} are read)"] = told["lengths"]
-    # JSON has them by name: "over 75" comes last, and of the tags the frequent ones first; a sentence with a comma is none
-    shown = {title: dict(sorted(counts.items(), key=_is_over)[:20]) for title, counts in found.items() if counts}
-    tags = {tag: count for tag, count in summary.get("tags", {}).items() if count > 1}
-    return {**shown, "Tags": dict(sorted(tags.items(), key=lambda pair: (-pair[1], pair[0]))[:20])} if tags else shown
-
-
-def _is_over(pair: tuple[str, int]) -> bool:
-    return pair[0].startswith("over ")
+    shown = {title: dict(list(in_ranges(counts).items())[:_BARS]) for title, counts in found.items() if counts}
+    tags = recurring(summary.get("tags", {}))
+    return {**shown, "Tags": frequent(tags, _BARS)} if tags else shown
 
 
 def _rows(metrics: dict[str, float | None], params: Params) -> list[dict[str, Any]]:
